@@ -1,0 +1,1 @@
+"""The memory tiers: stores of payloads. The catalog holds the truth; a tier can be rebuilt."""

@@ -1,0 +1,150 @@
+"""The plaintext tier's contract: what a vector index of cubes must do.
+
+A store holds, per cube, one dense vector, one BM25 sparse vector and the payload that filters and
+answers need. Every read takes the tenant as its first argument and adds it to the filter inside
+the index. A store holds cubes embedded by one embedder only (its ``IndexSpec``); another embedder
+means another store.
+
+Invariants (the contract suite in ``memcube.testing.plaintext_contract`` checks them on each store):
+    * ``put`` is idempotent, and monotonic in ``version``: an older version never replaces a newer.
+    * after ``delete(tenant, {id: v})`` a late ``put`` of a version <= v doesn't bring the cube back.
+    * filters, tenant and expiry are evaluated inside the index, never after top-k.
+    * no score depends on cubes of another tenant (document frequencies are the scope's own).
+    * what ``put`` returned from survives ``kill -9`` of the process.
+"""
+
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from memcube.filters import Filter
+from memcube.ids import CubeId, TenantId
+
+Vector = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IndexSpec:
+    """What an index was built with. A store refuses to open an index of another spec.
+
+    ``embedder`` is name and revision, as ``Embedder.identity`` gives it.
+    """
+
+    embedder: str
+    dim: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IndexedCube:
+    """What the index knows of one cube. ``vector`` has shape (dim,) and unit length."""
+
+    id: CubeId
+    tenant: TenantId
+    version: int
+    text: str
+    vector: Vector
+    kind: str
+    state: str
+    user_id: str | None = None
+    agent_id: str | None = None
+    run_id: str | None = None
+    role: str | None = None
+    speaker: str | None = None
+    tags: tuple[str, ...] = ()
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    created_at: datetime
+    updated_at: datetime
+    event_time: datetime | None = None
+    expires_at: datetime | None = None
+    slot: int | None = None
+    """Place in the thread (``memcube.cube.slot``); equal to no other cube's of the tenant."""
+    prev_slot: int | None = None
+    next_slot: int | None = None
+    thread: str | None = None
+    seq: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredCube:
+    """A cube as read back from the index. ``vector`` is None unless it was asked for."""
+
+    id: CubeId
+    version: int
+    text: str
+    payload: Mapping[str, Any]
+    vector: Vector | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scored:
+    """One candidate: its id and its score (cosine for dense, BM25 for sparse)."""
+
+    id: CubeId
+    score: float
+
+
+class PlaintextStore(Protocol):
+    """Reads and writes the plaintext payloads of one vector index."""
+
+    spec: IndexSpec
+
+    async def put(self, cubes: Sequence[IndexedCube]) -> None:
+        """Insert or replace cubes; durable when it returns.
+
+        Raises:
+            ValueError: a vector is not of shape (dim,) or not finite. Nothing is written.
+        """
+        ...
+
+    async def delete(self, tenant: TenantId, versions: Mapping[CubeId, int]) -> None:
+        """Remove cubes, up to and including the given versions. Unknown ids are passed over."""
+        ...
+
+    async def get(
+        self, tenant: TenantId, ids: Sequence[CubeId], *, with_vectors: bool = False
+    ) -> list[StoredCube]:
+        """The cubes of this tenant among ``ids``, in the order of ``ids``; missing ones left out."""
+        ...
+
+    async def search_dense(
+        self,
+        tenant: TenantId,
+        vector: Vector,
+        *,
+        where: Filter | None,
+        now: datetime,
+        limit: int,
+    ) -> list[Scored]:
+        """Best first by cosine, among the unexpired cubes of the tenant that match ``where``."""
+        ...
+
+    async def search_sparse(
+        self,
+        tenant: TenantId,
+        text: str,
+        *,
+        where: Filter | None,
+        now: datetime,
+        limit: int,
+    ) -> list[Scored]:
+        """Best first by BM25, among the unexpired cubes of the tenant that match ``where``.
+
+        Only cubes that share a term with ``text`` are returned.
+        """
+        ...
+
+    async def count(self, tenant: TenantId, *, where: Filter | None, now: datetime) -> int:
+        """How many unexpired cubes of the tenant match."""
+        ...
+
+    def versions(self) -> AsyncIterator[tuple[TenantId, CubeId, int]]:
+        """Every cube of every tenant with its version, for the reconcile loop."""
+        ...
+
+    async def close(self) -> None:
+        """Flush and release the index. No call may follow."""
+        ...
