@@ -1,0 +1,225 @@
+"""Configuration: defaults, then a YAML file, then ``a.b=value`` overrides.
+
+An unknown key is an error that names the nearest known one. The environment holds secrets and
+addresses only: ``DATABASE_URL``, ``QDRANT_URL``, ``QDRANT_API_KEY``, and the variable that
+``reader.llm.api_key_env`` names.
+"""
+
+import difflib
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from memcube.errors import BadRequest
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class HttpConfig(_Section):
+    """Where the gateway listens."""
+
+    host: str = "127.0.0.1"
+    port: int = Field(default=8000, ge=0, le=65535, description="0 picks a free port")
+
+
+class RayConfig(_Section):
+    """The Ray cluster: ``address`` joins an existing one, none starts a local one."""
+
+    address: str | None = None
+    object_store_mb: int = Field(default=256, ge=80)
+    dashboard: bool = False
+
+
+class CatalogConfig(_Section):
+    """``url`` is a SQLAlchemy URL; none is SQLite in the data folder, or ``DATABASE_URL``."""
+
+    url: str | None = None
+
+
+class PlaintextConfig(_Section):
+    """The plaintext tier. ``edge`` is the engine in the actor's process; ``server`` a Qdrant."""
+
+    backend: Literal["edge", "server"] = "edge"
+    url: str | None = None
+    shards: int = Field(default=1, ge=1, le=256)
+
+
+class EmbedderConfig(_Section):
+    """The embedder. ``auto`` is torch where there is a GPU and ONNX Runtime elsewhere."""
+
+    backend: Literal["auto", "onnx", "torch"] = "auto"
+    model: str = "all-MiniLM-L6-v2"
+    precision: Literal["fp32", "int8"] = "fp32"
+    threads: int | None = Field(default=None, ge=1, description="none is half of the cores")
+    max_tokens: int = Field(default=256, ge=16, le=8192)
+    max_waiting_texts: int = Field(default=20_000, ge=1)
+
+
+class LlmConfig(_Section):
+    """An OpenAI-compatible endpoint for fact extraction (``infer: true``)."""
+
+    base_url: str
+    model: str
+    api_key_env: str = "OPENAI_API_KEY"
+    timeout_s: float = Field(default=60.0, gt=0)
+
+
+class ReaderConfig(_Section):
+    """How messages become cubes."""
+
+    max_chars: int = Field(default=1600, ge=100, le=100_000)
+    llm: LlmConfig | None = None
+
+
+class Limits(_Section):
+    """What a request may hold; over it the request is refused whole, with the limit named."""
+
+    body_bytes: int = Field(default=16 * 1024 * 1024, ge=1024)
+    text_chars: int = Field(default=200_000, ge=1)
+    messages: int = Field(default=500, ge=1)
+    batch_items: int = Field(default=1000, ge=1)
+    batch_texts: int = Field(default=20_000, ge=1)
+    query_chars: int = Field(default=8_000, ge=1)
+    top_k: int = Field(default=200, ge=1)
+    page: int = Field(default=500, ge=1)
+    id_chars: int = Field(default=256, ge=1)
+    tags: int = Field(default=64, ge=1)
+    tag_chars: int = Field(default=128, ge=1)
+    metadata_bytes: int = Field(default=16_384, ge=2)
+    metadata_depth: int = Field(default=5, ge=1)
+    json_depth: int = Field(default=16, ge=4)
+    members: int = Field(default=10_000, ge=1)
+    token_budget: int = Field(default=32_768, ge=1)
+
+
+class GatewayConfig(_Section):
+    """The ingress deployment."""
+
+    replicas: int = Field(default=1, ge=1)
+    max_ongoing_requests: int = Field(default=256, ge=1)
+    max_queued_requests: int = Field(default=1024, ge=1)
+    request_timeout_s: float = Field(default=120.0, gt=0)
+
+
+class SchedulerConfig(_Section):
+    """The control plane's loop."""
+
+    interval_s: float = Field(default=2.0, gt=0)
+    pending_grace_s: float = Field(
+        default=10.0, ge=0, description="leave index work to the gateway for this long"
+    )
+    batch: int = Field(default=128, ge=1)
+    usage_flush_s: float = Field(default=1.0, gt=0)
+
+
+class Config(_Section):
+    """The whole configuration of one system."""
+
+    data_dir: Path = Path(".memcube")
+    http: HttpConfig = HttpConfig()
+    ray: RayConfig = RayConfig()
+    catalog: CatalogConfig = CatalogConfig()
+    plaintext: PlaintextConfig = PlaintextConfig()
+    embedder: EmbedderConfig = EmbedderConfig()
+    reader: ReaderConfig = ReaderConfig()
+    gateway: GatewayConfig = GatewayConfig()
+    scheduler: SchedulerConfig = SchedulerConfig()
+    limits: Limits = Limits()
+    retrieval_weights: Path | None = Field(
+        default=None, description="a ranker's weights file; none is the one in the package"
+    )
+
+    def catalog_url(self, environ: Mapping[str, str] = os.environ) -> str:
+        """The catalog's address; a relative SQLite file lies in the data folder."""
+        return (
+            self.catalog.url
+            or environ.get("DATABASE_URL")
+            or f"sqlite:///{(self.data_dir / 'catalog.db').resolve()}"
+        )
+
+    def qdrant_url(self, environ: Mapping[str, str] = os.environ) -> str:
+        """The Qdrant server's address.
+
+        Raises:
+            BadRequest: none is configured.
+        """
+        url = self.plaintext.url or environ.get("QDRANT_URL")
+        if not url:
+            raise BadRequest("set it, or QDRANT_URL, for plaintext.backend=server", "plaintext.url")
+        return url
+
+    def dump(self) -> str:
+        """The resolved configuration as YAML. It holds no secret."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def load_config(path: Path | None = None, overrides: Sequence[str] = ()) -> Config:
+    """The configuration of a file with overrides such as ``http.port=9000``.
+
+    Raises:
+        BadRequest: unreadable file, unknown key (with the nearest known one) or a bad value.
+    """
+    data: dict[str, Any] = {}
+    if path is not None:
+        data = _read(path)
+    for override in overrides:
+        _override(data, override)
+    try:
+        return Config.model_validate(data)
+    except ValidationError as invalid:
+        raise _readable(invalid) from None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        data = yaml.safe_load(path.read_text())
+    except OSError as missing:
+        raise BadRequest(f"can't be read: {missing.strerror}", str(path)) from None
+    except yaml.YAMLError as broken:
+        raise BadRequest(f"is no YAML: {broken}", str(path)) from None
+    if data is None:
+        return {}
+    if not isinstance(data, dict):
+        raise BadRequest("must hold a mapping", str(path))
+    return data
+
+
+def _override(data: dict[str, Any], override: str) -> None:
+    key, separator, value = override.partition("=")
+    if not separator or not key:
+        raise BadRequest(f"expected KEY=VALUE such as http.port=9000, got {override!r}")
+    *path, last = key.split(".")
+    section = data
+    for name in path:
+        inner = section.setdefault(name, {})
+        if not isinstance(inner, dict):
+            raise BadRequest("is a value, not a section", name)
+        section = inner
+    section[last] = yaml.safe_load(value)
+
+
+def _readable(invalid: ValidationError) -> BadRequest:
+    first = invalid.errors()[0]
+    where = ".".join(str(part) for part in first["loc"])
+    if first["type"] != "extra_forbidden":
+        return BadRequest(first["msg"], where)
+    known = _known_keys(Config)
+    near = difflib.get_close_matches(where, known, n=1, cutoff=0.0)
+    return BadRequest(f"no such key; did you mean {near[0]!r}?", where)
+
+
+def _known_keys(model: type[BaseModel], prefix: str = "") -> list[str]:
+    keys: list[str] = []
+    for name, field in model.model_fields.items():
+        keys.append(prefix + name)
+        kinds = [field.annotation, *getattr(field.annotation, "__args__", ())]
+        for kind in kinds:
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                keys.extend(_known_keys(kind, f"{prefix}{name}."))
+    return keys
