@@ -158,11 +158,46 @@ class MemCube:
     governance: Governance
     usage: Usage = Usage()
     updated_at: datetime
+    indexed: bool = False
+    """Whether the plaintext index holds this very version."""
 
     @property
     def scope(self) -> Scope:
         d = self.descriptive
         return Scope(tenant=self.tenant, user_id=d.user_id, agent_id=d.agent_id, run_id=d.run_id)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Draft:
+    """A cube that is to be: what the reader makes and the catalog stores.
+
+    ``threaded`` drafts take the next places in their scope's thread, in order; bare facts have none.
+    """
+
+    text: str
+    shape: Shape = Shape.LEAF
+    members: tuple[CubeId, ...] = ()
+    parents: tuple[Parent, ...] = ()
+    user_id: str | None = None
+    agent_id: str | None = None
+    run_id: str | None = None
+    kind: Kind = Kind.EPISODE
+    origin: Origin = Origin.USER_INPUT
+    role: str | None = None
+    speaker: str | None = None
+    tags: tuple[str, ...] = ()
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    event_time: datetime | None = None
+    sources: tuple[Source, ...] = ()
+    threaded: bool = False
+    sensitivity: Sensitivity = Sensitivity.NORMAL
+    priority: int = 0
+    expires_at: datetime | None = None
+
+    def scope(self, tenant: TenantId) -> Scope:
+        return Scope(
+            tenant=tenant, user_id=self.user_id, agent_id=self.agent_id, run_id=self.run_id
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

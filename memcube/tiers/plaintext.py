@@ -87,6 +87,16 @@ class Scored:
     score: float
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SlotScore:
+    """Both scores of the cube at one place of a thread; ``bm25`` is 0 where no term is shared."""
+
+    id: CubeId
+    slot: int
+    cosine: float
+    bm25: float
+
+
 class PlaintextStore(Protocol):
     """Reads and writes the plaintext payloads of one vector index."""
 
@@ -135,6 +145,29 @@ class PlaintextStore(Protocol):
 
         Only cubes that share a term with ``text`` are returned.
         """
+        ...
+
+    async def score_slots(
+        self,
+        tenant: TenantId,
+        slots: Sequence[int],
+        *,
+        vector: Vector,
+        text: str,
+        where: Filter | None,
+        now: datetime,
+    ) -> list[SlotScore]:
+        """Scores of the unexpired cubes at these places that match ``where``, in any order.
+
+        Document frequencies are counted among the tenant's cubes that match ``where``, as
+        in ``search_sparse``: the scores are comparable with its.
+        """
+        ...
+
+    async def speakers(
+        self, tenant: TenantId, *, where: Filter | None, now: datetime, limit: int
+    ) -> list[str]:
+        """The most frequent speakers among the unexpired cubes that match, at most ``limit``."""
         ...
 
     async def count(self, tenant: TenantId, *, where: Filter | None, now: datetime) -> int:
