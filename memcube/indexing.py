@@ -1,0 +1,162 @@
+"""Brings the plaintext index in line with the catalog.
+
+The catalog is written first, always. This module then embeds and puts what the catalog holds, or
+removes what it no longer holds, and notes the outcome in the catalog. The gateway calls it right
+after a write; the scheduler's reconcile loop calls it for whatever a crash left behind. Both are
+idempotent, so both may do the same cube.
+"""
+
+import asyncio
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import datetime
+
+from memcube.catalog import Catalog
+from memcube.cube import MemCube, slot
+from memcube.embedding.contract import Embedder, Purpose
+from memcube.errors import StaleEpoch
+from memcube.ids import CubeId, TenantId
+from memcube.lifecycle import SEARCHABLE
+from memcube.retrieval.passage import passage_text
+from memcube.tiers.plaintext import IndexedCube, Vector
+from memcube.tiers.shard import ShardClient, ShardInfo
+
+Clock = Callable[[], datetime]
+Shards = Callable[[int], ShardClient]
+
+MAX_STALE_RETRIES = 5
+PUT_SLICE = 64
+"""Cubes embedded and put at once: the next slice is embedded while this one is being put."""
+
+
+def indexed_cube(cube: MemCube, vector: Vector) -> IndexedCube:
+    """What the index is told of a cube."""
+    d = cube.descriptive
+    thread, seq = d.thread, d.seq
+    threaded = thread is not None and seq is not None
+    return IndexedCube(
+        id=cube.id,
+        tenant=cube.tenant,
+        version=cube.version,
+        text=cube.text,
+        vector=vector,
+        kind=d.kind,
+        state=cube.state,
+        user_id=d.user_id,
+        agent_id=d.agent_id,
+        run_id=d.run_id,
+        role=d.role,
+        speaker=d.speaker,
+        tags=d.tags,
+        metadata=d.metadata,
+        created_at=d.created_at,
+        updated_at=cube.updated_at,
+        event_time=d.event_time,
+        expires_at=cube.governance.expires_at,
+        slot=slot(thread, seq) if threaded else None,
+        prev_slot=slot(thread, seq - 1) if threaded and seq > 0 else None,
+        next_slot=slot(thread, seq + 1) if threaded else None,
+        thread=thread,
+        seq=seq,
+    )
+
+
+class Indexer:
+    """Embeds, puts and removes; writes down what the index now holds."""
+
+    def __init__(
+        self, catalog: Catalog, embedder: Embedder, shards: Shards, *, clock: Clock
+    ) -> None:
+        self._catalog = catalog
+        self._embedder = embedder
+        self._shards = shards
+        self._clock = clock
+        self._infos: dict[int, ShardInfo] = {}
+
+    async def index(self, cubes: Sequence[MemCube], *, shard: int) -> None:
+        """Bring cubes into the index at their present version. Idempotent.
+
+        A cube that was changed or deleted meanwhile is left to whoever changed it.
+
+        Raises:
+            Unavailable: the embedder or the shard did not answer; the catalog still lists the
+                cubes as pending, and the reconcile loop will index them.
+        """
+        wanted = [cube for cube in cubes if cube.text and cube.state in SEARCHABLE]
+        slices = [wanted[i : i + PUT_SLICE] for i in range(0, len(wanted), PUT_SLICE)]
+        await asyncio.gather(*(self._index_slice(part, shard) for part in slices))
+
+    async def _index_slice(self, cubes: Sequence[MemCube], shard: int) -> None:
+        texts = [passage_text(cube.text, speaker=cube.descriptive.speaker) for cube in cubes]
+        vectors = await self._embedder.embed(texts, Purpose.PASSAGE)
+        rows = {cube.id: indexed_cube(cube, vectors[i]) for i, cube in enumerate(cubes)}
+        known = {cube.id: cube for cube in cubes}
+        for _ in range(MAX_STALE_RETRIES):
+            info = await self.info(shard)
+            try:
+                await self._shards(shard).put(list(rows.values()), epoch=info.epoch)
+            except StaleEpoch:
+                # The shard lost its tombstones with its process: ask the catalog what still holds.
+                self._infos.pop(shard, None)
+                known = await self._still_current(known.values())
+                rows = {id: rows[id] for id in known}
+                continue
+            break
+        else:
+            raise StaleEpoch(info.epoch, info.epoch + 1)
+        for tenant, versions in _by_tenant(known.values()).items():
+            await asyncio.to_thread(
+                self._catalog.mark_indexed,
+                tenant,
+                versions,
+                index=info.index,
+                location=info.location,
+                epoch=info.epoch,
+                now=self._clock(),
+            )
+
+    async def remove(
+        self, tenant: TenantId, versions: Mapping[CubeId, int], *, shard: int
+    ) -> None:
+        """Take cubes out of the index, up to these versions. Idempotent."""
+        if not versions:
+            return
+        for _ in range(MAX_STALE_RETRIES):
+            info = await self.info(shard)
+            try:
+                await self._shards(shard).delete(tenant, versions, epoch=info.epoch)
+            except StaleEpoch:
+                self._infos.pop(shard, None)
+                continue
+            break
+        else:
+            raise StaleEpoch(info.epoch, info.epoch + 1)
+        await asyncio.to_thread(
+            self._catalog.mark_removed, tenant, list(versions), index=info.index
+        )
+
+    async def info(self, shard: int) -> ShardInfo:
+        """The shard's epoch and index, as last heard."""
+        info = self._infos.get(shard)
+        if info is None:
+            info = self._infos[shard] = await self._shards(shard).info()
+        return info
+
+    async def _still_current(self, cubes: Iterable[MemCube]) -> dict[CubeId, MemCube]:
+        now = self._clock()
+        current: dict[CubeId, MemCube] = {}
+        for tenant, versions in _by_tenant(cubes).items():
+            found = await asyncio.to_thread(
+                self._catalog.get_many, tenant, list(versions), now=now
+            )
+            for cube in found:
+                if cube.version == versions[cube.id] and cube.state in SEARCHABLE:
+                    current[cube.id] = cube
+        return current
+
+
+def _by_tenant(cubes: Iterable[MemCube]) -> dict[TenantId, dict[CubeId, int]]:
+    grouped: dict[TenantId, dict[CubeId, int]] = defaultdict(dict)
+    for cube in cubes:
+        grouped[cube.tenant][cube.id] = cube.version
+    return grouped
