@@ -1,0 +1,583 @@
+"""What the system does for one caller, apart from HTTP: add, search, read, change, forget.
+
+Every method takes the caller's Principal first; the tenant comes from it and from nowhere else. A
+write is answered after its catalog transaction is committed; ``indexed`` says whether a search
+finds it already. Answers of a search are checked against the catalog before they leave, so a
+deleted, expired or changed cube is not returned even while the index still holds it.
+"""
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import datetime
+from typing import TypeVar
+
+from memcube.catalog import (
+    AddResult,
+    Catalog,
+    Change,
+    Edge,
+    Idempotency,
+    Lineage,
+    Page,
+    Principal,
+)
+from memcube.config import Limits
+from memcube.context import ContextBlock, Passage, build_context
+from memcube.cube import Draft, Kind, MemCube, Origin, Parent, Relation, Residency, Shape, Version
+from memcube.errors import BadRequest, LimitExceeded, MemCubeError, Unavailable
+from memcube.filters import Compare, Filter, Op, all_of
+from memcube.ids import CubeId, TenantId, parse_cube_id
+from memcube.indexing import Clock, Indexer, Shards
+from memcube.lifecycle import Event
+from memcube.reader import Reader
+from memcube.reader.messages import Header, Message
+from memcube.retrieval.ranker import Hit, Mode
+
+T = TypeVar("T")
+Used = Callable[[TenantId, Sequence[CubeId]], None]
+
+CONTEXT_CANDIDATES = 50
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AddRequest:
+    """Messages or text to remember, with the header that its cubes get."""
+
+    messages: tuple[Message, ...] | None = None
+    text: str | None = None
+    header: Header
+    infer: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AddOutcome:
+    """One request's cubes. ``fallback`` says why ``infer`` ended verbatim, if it did."""
+
+    results: tuple[AddResult, ...]
+    indexed: frozenset[CubeId]
+    fallback: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SearchScope:
+    """Which of the tenant's cubes are looked at."""
+
+    user_id: str | None = None
+    agent_id: str | None = None
+    run_id: str | None = None
+    filters: Filter | None = None
+    cube_ids: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Found:
+    """Hits, best first, and where the time went (milliseconds)."""
+
+    hits: list[Hit]
+    search_ms: float
+    total_ms: float
+    ids: list[CubeId] = field(default_factory=list)
+
+
+class MemoryService:
+    """The behaviour behind the routes."""
+
+    def __init__(
+        self,
+        catalog: Catalog,
+        reader: Reader,
+        indexer: Indexer,
+        shards: Shards,
+        *,
+        clock: Clock,
+        limits: Limits,
+        used: Used,
+    ) -> None:
+        self._catalog = catalog
+        self._reader = reader
+        self._indexer = indexer
+        self._shards = shards
+        self._clock = clock
+        self._limits = limits
+        self._used = used
+
+    async def authenticate(self, secret: str) -> Principal:
+        """Who a key belongs to. Asked on every request, so a revoked key ends at once."""
+        return await self._run(self._catalog.authenticate, secret, now=self._clock())
+
+    # -- write ---------------------------------------------------------------------------------
+
+    async def add(
+        self,
+        principal: Principal,
+        requests: Sequence[AddRequest],
+        *,
+        wait_indexed: bool,
+        idempotency: Idempotency | None = None,
+    ) -> list[AddOutcome]:
+        """Store one or more requests in one transaction: all or none.
+
+        A repeated Idempotency-Key answers as the first time did, and the reader is not asked again.
+        """
+        now = self._clock()
+        if idempotency is not None:
+            before = await self._run(
+                self._catalog.replayed, principal.tenant, idempotency, now=now
+            )
+            if before is not None:
+                groups = before.groups
+                indexed = await self._finish(principal, before.results, wait_indexed)
+                return _outcomes(before.results, groups, indexed, [None] * len(groups))
+        readings = [
+            await self._reader.read(r.messages, r.text, r.header, infer=r.infer, now=now)
+            for r in requests
+        ]
+        drafts = [draft for reading in readings for draft in reading.drafts]
+        if len(drafts) > self._limits.batch_texts:
+            raise LimitExceeded("cubes of one request", self._limits.batch_texts, len(drafts))
+        added = await self._run(
+            self._catalog.add,
+            principal.tenant,
+            drafts,
+            author=principal.key_id,
+            now=now,
+            idempotency=idempotency,
+            groups=[len(reading.drafts) for reading in readings],
+        )
+        indexed = await self._finish(principal, added.results, wait_indexed)
+        fallbacks = [reading.fallback for reading in readings]
+        return _outcomes(added.results, added.groups, indexed, fallbacks)
+
+    async def update(
+        self, principal: Principal, id: str, change: Change, *, expected_version: int | None
+    ) -> MemCube:
+        """Change a cube; a new version when its content changes."""
+        cube = await self._run(
+            self._catalog.update,
+            principal.tenant,
+            parse_cube_id(id),
+            change,
+            expected_version=expected_version,
+            author=principal.key_id,
+            reason="update",
+            now=self._clock(),
+        )
+        return await self._reindexed(principal, cube)
+
+    async def delete(self, principal: Principal, id: str) -> CubeId:
+        """Forget a cube: content and versions are wiped, and no answer holds it any more."""
+        cube_id = parse_cube_id(id)
+        version = await self._run(
+            self._catalog.delete, principal.tenant, cube_id, now=self._clock()
+        )
+        await self._unindex(principal, {cube_id: version})
+        return cube_id
+
+    async def delete_scope(
+        self,
+        principal: Principal,
+        *,
+        user_id: str | None,
+        agent_id: str | None,
+        run_id: str | None,
+    ) -> int:
+        """Forget all cubes of a scope; returns how many."""
+        if user_id is None and agent_id is None and run_id is None:
+            raise BadRequest("name at least one of user_id, agent_id, run_id; a whole tenant is not deleted this way")
+        versions = await self._run(
+            self._catalog.delete_scope,
+            principal.tenant,
+            user_id=user_id,
+            agent_id=agent_id,
+            run_id=run_id,
+            now=self._clock(),
+        )
+        await self._unindex(principal, versions)
+        return len(versions)
+
+    async def create_composite(
+        self,
+        principal: Principal,
+        members: Sequence[str],
+        header: Header,
+        *,
+        text: str,
+        relation: Relation | None = None,
+        idempotency: Idempotency | None = None,
+    ) -> MemCube:
+        """A cube that holds others, in order. With ``relation`` its lineage names them as parents."""
+        if len(members) > self._limits.members:
+            raise LimitExceeded("members of a cube", self._limits.members, len(members))
+        now = self._clock()
+        ids = tuple(parse_cube_id(member) for member in members)
+        parents: tuple[Parent, ...] = ()
+        if relation is not None:
+            found = await self._run(self._catalog.get_many, principal.tenant, ids, now=now)
+            parents = tuple(Parent(id=c.id, version=c.version, relation=relation) for c in found)
+        draft = replace(
+            _draft(text, header, kind=Kind.DOCUMENT),
+            shape=Shape.COMPOSITE,
+            members=ids,
+            parents=parents,
+        )
+        added = await self._run(
+            self._catalog.add,
+            principal.tenant,
+            [draft],
+            author=principal.key_id,
+            now=now,
+            idempotency=idempotency,
+        )
+        return await self._reindexed(principal, added.results[0].cube)
+
+    async def set_members(self, principal: Principal, id: str, members: Sequence[str]) -> MemCube:
+        """Replace a composite's members, as a new version."""
+        if len(members) > self._limits.members:
+            raise LimitExceeded("members of a cube", self._limits.members, len(members))
+        change = Change(members=tuple(parse_cube_id(member) for member in members))
+        return await self.update(principal, id, change, expected_version=None)
+
+    async def fuse(
+        self,
+        principal: Principal,
+        ids: Sequence[str],
+        *,
+        text: str | None,
+        idempotency: Idempotency | None = None,
+    ) -> MemCube:
+        """One leaf of several: its lineage names all parents, which become ``merged``.
+
+        Without ``text`` the parents' texts are joined in order, each once.
+        """
+        now = self._clock()
+        wanted = list(dict.fromkeys(parse_cube_id(id) for id in ids))
+        if idempotency is not None:
+            before = await self._run(
+                self._catalog.replayed, principal.tenant, idempotency, now=now
+            )
+            if before is not None:
+                return await self._reindexed(principal, before.results[0].cube)
+        if len(wanted) < 2:
+            raise BadRequest("fusing needs at least two different cubes", "ids")
+        parents = [
+            await self._run(self._catalog.get, principal.tenant, id, now=now) for id in wanted
+        ]
+        fused = text if text is not None else "\n".join(dict.fromkeys(p.text for p in parents if p.text))
+        if len(fused) > self._limits.text_chars:
+            raise LimitExceeded("characters of the fused text", self._limits.text_chars, len(fused))
+        cube = await self._run(
+            self._catalog.fuse,
+            principal.tenant,
+            wanted,
+            _fused_draft(fused, parents),
+            author=principal.key_id,
+            now=now,
+            idempotency=idempotency,
+        )
+        await self._unindex(principal, {p.id: p.version for p in parents})
+        return await self._reindexed(principal, cube)
+
+    async def rollback(self, principal: Principal, id: str, version: int) -> MemCube:
+        """A new version with the content of an old one."""
+        cube = await self._run(
+            self._catalog.rollback,
+            principal.tenant,
+            parse_cube_id(id),
+            version,
+            author=principal.key_id,
+            now=self._clock(),
+        )
+        return await self._reindexed(principal, cube)
+
+    async def set_frozen(self, principal: Principal, id: str, frozen: bool) -> MemCube:
+        """Freeze or unfreeze a cube."""
+        return await self._run(
+            self._catalog.set_frozen,
+            principal.tenant,
+            parse_cube_id(id),
+            frozen,
+            now=self._clock(),
+        )
+
+    async def archive(self, principal: Principal, id: str) -> MemCube:
+        """Take a cube out of search; it stays readable by id."""
+        cube = await self._transition(principal, id, Event.ARCHIVE)
+        await self._unindex(principal, {cube.id: cube.version})
+        return replace(cube, indexed=False)
+
+    async def restore(self, principal: Principal, id: str) -> MemCube:
+        """Bring an archived or merged cube back into search, as a new version."""
+        return await self._reindexed(principal, await self._transition(principal, id, Event.RESTORE))
+
+    async def _transition(self, principal: Principal, id: str, event: Event) -> MemCube:
+        return await self._run(
+            self._catalog.transition,
+            principal.tenant,
+            parse_cube_id(id),
+            event,
+            author=principal.key_id,
+            now=self._clock(),
+        )
+
+    # -- read ----------------------------------------------------------------------------------
+
+    async def get(
+        self,
+        principal: Principal,
+        id: str,
+        *,
+        version: int | None = None,
+        as_of: datetime | None = None,
+    ) -> MemCube:
+        """A cube, now, at a version, or at a point in time."""
+        return await self._run(
+            self._catalog.get,
+            principal.tenant,
+            parse_cube_id(id),
+            now=self._clock(),
+            version=version,
+            as_of=as_of,
+        )
+
+    async def find(self, principal: Principal, **conditions) -> Page:
+        """A page of cubes, newest first; the conditions are those of ``Catalog.find``."""
+        return await self._run(
+            self._catalog.find, principal.tenant, now=self._clock(), **conditions
+        )
+
+    async def history(self, principal: Principal, id: str) -> list[Version]:
+        """All versions of a cube, oldest first."""
+        return await self._run(
+            self._catalog.history, principal.tenant, parse_cube_id(id), now=self._clock()
+        )
+
+    async def members(
+        self, principal: Principal, id: str, *, limit: int, cursor: str | None
+    ) -> Page:
+        """A page of a composite's members, in their order."""
+        return await self._run(
+            self._catalog.members,
+            principal.tenant,
+            parse_cube_id(id),
+            now=self._clock(),
+            limit=limit,
+            cursor=cursor,
+        )
+
+    async def lineage(self, principal: Principal, id: str) -> Lineage:
+        """What a cube came from and what came from it."""
+        return await self._run(
+            self._catalog.lineage, principal.tenant, parse_cube_id(id), now=self._clock()
+        )
+
+    async def residency(self, principal: Principal, id: str) -> list[Residency]:
+        """Where a cube's payloads lie."""
+        return await self._run(self._catalog.residency, principal.tenant, parse_cube_id(id))
+
+    async def search(
+        self,
+        principal: Principal,
+        query: str,
+        scope: SearchScope,
+        *,
+        top_k: int,
+        mode: Mode = Mode.HYBRID,
+        threshold: float | None = None,
+        explain: bool = False,
+    ) -> Found:
+        """The best cubes for a query, best first.
+
+        Raises:
+            Unavailable: the shard did not answer.
+        """
+        started = time.perf_counter()
+        now = self._clock()
+        where = await self._where(principal, scope, now)
+        hits = await self._shards(principal.shard).search(
+            principal.tenant,
+            query,
+            where=where,
+            now=now,
+            limit=top_k,
+            mode=mode,
+            threshold=threshold,
+            explain=explain,
+        )
+        searched = time.perf_counter()
+        live = await self._run(
+            self._catalog.live_versions, principal.tenant, [hit.id for hit in hits], now=now
+        )
+        hits = [hit for hit in hits if live.get(hit.id) == hit.cube.version]
+        self._used(principal.tenant, [hit.id for hit in hits])
+        return Found(
+            hits=hits,
+            search_ms=(searched - started) * 1e3,
+            total_ms=(time.perf_counter() - started) * 1e3,
+        )
+
+    async def context(
+        self,
+        principal: Principal,
+        query: str,
+        scope: SearchScope,
+        *,
+        token_budget: int,
+        top_k: int | None,
+    ) -> ContextBlock:
+        """A block of memories for a prompt, of at most ``token_budget`` tokens."""
+        found = await self.search(
+            principal, query, scope, top_k=top_k or min(CONTEXT_CANDIDATES, self._limits.top_k)
+        )
+        return build_context([Passage.of(hit) for hit in found.hits], token_budget=token_budget)
+
+    # -- inside --------------------------------------------------------------------------------
+
+    async def _where(
+        self, principal: Principal, scope: SearchScope, now: datetime
+    ) -> Filter | None:
+        conditions: list[Filter | None] = [
+            Compare(name, Op.EQ, value)
+            for name, value in (
+                ("user_id", scope.user_id),
+                ("agent_id", scope.agent_id),
+                ("run_id", scope.run_id),
+            )
+            if value is not None
+        ]
+        if scope.cube_ids:
+            ids = await self._run(
+                self._catalog.expand,
+                principal.tenant,
+                [parse_cube_id(id) for id in scope.cube_ids],
+                now=now,
+                limit=self._limits.members,
+            )
+            conditions.append(Compare("id", Op.IN, tuple(ids)))
+        return all_of(*conditions, scope.filters)
+
+    async def _finish(
+        self, principal: Principal, results: Iterable[AddResult], wait_indexed: bool
+    ) -> frozenset[CubeId]:
+        cubes = {result.cube.id: result.cube for result in results}
+        missing = [cube for cube in cubes.values() if not cube.indexed]
+        if wait_indexed and missing:
+            await self._index(principal, missing)
+            missing = []
+        elif missing:
+            self._later(self._index(principal, missing))
+        waiting = {cube.id for cube in missing}
+        return frozenset(id for id in cubes if id not in waiting)
+
+    async def _index(self, principal: Principal, cubes: Sequence[MemCube]) -> None:
+        await self._indexer.index(cubes, shard=principal.shard)
+
+    async def _reindexed(self, principal: Principal, cube: MemCube) -> MemCube:
+        if cube.indexed or not cube.text:
+            return cube
+        try:
+            await self._index(principal, [cube])
+        except Unavailable:
+            # The change is committed; the reconcile loop will index it, and `indexed` says so.
+            return cube
+        return replace(cube, indexed=True)
+
+    async def _unindex(self, principal: Principal, versions: dict[CubeId, int]) -> None:
+        try:
+            await self._indexer.remove(principal.tenant, versions, shard=principal.shard)
+        except Unavailable:
+            # No answer can hold these cubes (searches are checked against the catalog), and the
+            # catalog lists their payloads as pending removals.
+            return
+
+    def _later(self, work: Awaitable[None]) -> None:
+        task = asyncio.ensure_future(work)
+        _background.add(task)
+        task.add_done_callback(_finished)
+
+    @staticmethod
+    async def _run(call: Callable[..., T], *args: object, **kwargs: object) -> T:
+        return await asyncio.to_thread(call, *args, **kwargs)
+
+
+_background: set[asyncio.Future[None]] = set()
+
+
+def _finished(task: asyncio.Future[None]) -> None:
+    _background.discard(task)
+    if not task.cancelled() and (failed := task.exception()) is not None:
+        # What stays unindexed is pending in the catalog; only a mistake of ours is worth a traceback.
+        if not isinstance(failed, MemCubeError):
+            raise failed
+
+
+def _outcomes(
+    results: Sequence[AddResult],
+    groups: Sequence[int],
+    indexed: frozenset[CubeId],
+    fallbacks: Sequence[str | None],
+) -> list[AddOutcome]:
+    outcomes: list[AddOutcome] = []
+    start = 0
+    for size, fallback in zip(groups, fallbacks, strict=True):
+        part = tuple(results[start : start + size])
+        ids = frozenset(result.cube.id for result in part)
+        outcomes.append(AddOutcome(results=part, indexed=indexed & ids, fallback=fallback))
+        start += size
+    return outcomes
+
+
+def _draft(text: str, header: Header, *, kind: Kind) -> Draft:
+    return Draft(
+        text=text,
+        user_id=header.user_id,
+        agent_id=header.agent_id,
+        run_id=header.run_id,
+        kind=header.kind or kind,
+        origin=header.origin,
+        tags=header.tags,
+        metadata=header.metadata,
+        sensitivity=header.sensitivity,
+        priority=header.priority,
+        expires_at=header.expires_at,
+    )
+
+
+def _fused_draft(text: str, parents: Sequence[MemCube]) -> Draft:
+    """The fused cube keeps what all parents agree on, and the strictest of their governance."""
+    first = parents[0]
+    d = first.descriptive
+
+    def agreed(name: str) -> str | None:
+        values = {getattr(parent.descriptive, name) for parent in parents}
+        return values.pop() if len(values) == 1 else None
+
+    order = {"public": 0, "normal": 1, "secret": 2}
+    expiries = [p.governance.expires_at for p in parents if p.governance.expires_at is not None]
+    tags = tuple(dict.fromkeys(tag for parent in parents for tag in parent.descriptive.tags))
+    return Draft(
+        text=text,
+        parents=tuple(
+            Parent(id=parent.id, version=parent.version, relation=Relation.FUSED)
+            for parent in parents
+        ),
+        user_id=agreed("user_id"),
+        agent_id=agreed("agent_id"),
+        run_id=agreed("run_id"),
+        kind=d.kind if agreed("kind") else Kind.FACT,
+        origin=Origin.INFERENCE,
+        speaker=agreed("speaker"),
+        role=agreed("role"),
+        tags=tags,
+        event_time=max(
+            (p.descriptive.event_time for p in parents if p.descriptive.event_time), default=None
+        ),
+        sources=tuple(source for parent in parents for source in parent.descriptive.sources)[:32],
+        sensitivity=max((p.governance.sensitivity for p in parents), key=lambda s: order[s]),
+        priority=max(parent.governance.priority for parent in parents),
+        expires_at=min(expiries, default=None),
+    )
+
+
+__all__ = ["AddOutcome", "AddRequest", "Edge", "Found", "MemoryService", "SearchScope"]
