@@ -80,7 +80,11 @@ def build_context(passages: Sequence[Passage], *, token_budget: int) -> ContextB
 
 
 def _line(passage: Passage) -> str:
-    text = _FENCE.sub(r"‹\1", " ".join(passage.text.split()))
+    text = _inert(passage.text)
     when = f"[{passage.time:%Y-%m-%d %H:%M}] " if passage.time else ""
-    who = f"{_FENCE.sub(r'‹\1', ' '.join(passage.speaker.split()))}: " if passage.speaker else ""
+    who = f"{_inert(passage.speaker)}: " if passage.speaker else ""
     return f"- {when}{who}{text}"
+
+
+def _inert(text: str) -> str:
+    return _FENCE.sub(r"‹\1", " ".join(text.split()))

@@ -106,18 +106,17 @@ class Indexer:
             raise StaleEpoch(info.epoch, info.epoch + 1)
         for tenant, versions in _by_tenant(known.values()).items():
             await asyncio.to_thread(
-                self._catalog.mark_indexed,
+                self._catalog.index.mark,
                 tenant,
                 versions,
+                sizes={id: _size_bytes(known[id], self._embedder.dim) for id in versions},
                 index=info.index,
                 location=info.location,
                 epoch=info.epoch,
                 now=self._clock(),
             )
 
-    async def remove(
-        self, tenant: TenantId, versions: Mapping[CubeId, int], *, shard: int
-    ) -> None:
+    async def remove(self, tenant: TenantId, versions: Mapping[CubeId, int], *, shard: int) -> None:
         """Take cubes out of the index, up to these versions. Idempotent."""
         if not versions:
             return
@@ -131,9 +130,7 @@ class Indexer:
             break
         else:
             raise StaleEpoch(info.epoch, info.epoch + 1)
-        await asyncio.to_thread(
-            self._catalog.mark_removed, tenant, list(versions), index=info.index
-        )
+        await asyncio.to_thread(self._catalog.index.mark_removed, tenant, list(versions))
 
     async def info(self, shard: int) -> ShardInfo:
         """The shard's epoch and index, as last heard."""
@@ -147,7 +144,7 @@ class Indexer:
         current: dict[CubeId, MemCube] = {}
         for tenant, versions in _by_tenant(cubes).items():
             found = await asyncio.to_thread(
-                self._catalog.get_many, tenant, list(versions), now=now
+                self._catalog.cubes.get_many, tenant, list(versions), now=now
             )
             for cube in found:
                 if cube.version == versions[cube.id] and cube.state in SEARCHABLE:
@@ -160,3 +157,8 @@ def _by_tenant(cubes: Iterable[MemCube]) -> dict[TenantId, dict[CubeId, int]]:
     for cube in cubes:
         grouped[cube.tenant][cube.id] = cube.version
     return grouped
+
+
+def _size_bytes(cube: MemCube, dim: int) -> int:
+    """Text and float32 vector; the engine's own overhead is not counted."""
+    return len(cube.text.encode("utf-8", "surrogatepass")) + 4 * dim

@@ -105,7 +105,7 @@ class MemoryService:
 
     async def authenticate(self, secret: str) -> Principal:
         """Who a key belongs to. Asked on every request, so a revoked key ends at once."""
-        return await self._run(self._catalog.authenticate, secret, now=self._clock())
+        return await self._run(self._catalog.access.authenticate, secret, now=self._clock())
 
     # -- write ---------------------------------------------------------------------------------
 
@@ -124,7 +124,7 @@ class MemoryService:
         now = self._clock()
         if idempotency is not None:
             before = await self._run(
-                self._catalog.replayed, principal.tenant, idempotency, now=now
+                self._catalog.cubes.replayed, principal.tenant, idempotency, now=now
             )
             if before is not None:
                 groups = before.groups
@@ -138,7 +138,7 @@ class MemoryService:
         if len(drafts) > self._limits.batch_texts:
             raise LimitExceeded("cubes of one request", self._limits.batch_texts, len(drafts))
         added = await self._run(
-            self._catalog.add,
+            self._catalog.cubes.add,
             principal.tenant,
             drafts,
             author=principal.key_id,
@@ -155,7 +155,7 @@ class MemoryService:
     ) -> MemCube:
         """Change a cube; a new version when its content changes."""
         cube = await self._run(
-            self._catalog.update,
+            self._catalog.cubes.update,
             principal.tenant,
             parse_cube_id(id),
             change,
@@ -170,7 +170,7 @@ class MemoryService:
         """Forget a cube: content and versions are wiped, and no answer holds it any more."""
         cube_id = parse_cube_id(id)
         version = await self._run(
-            self._catalog.delete, principal.tenant, cube_id, now=self._clock()
+            self._catalog.cubes.delete, principal.tenant, cube_id, now=self._clock()
         )
         await self._unindex(principal, {cube_id: version})
         return cube_id
@@ -185,9 +185,11 @@ class MemoryService:
     ) -> int:
         """Forget all cubes of a scope; returns how many."""
         if user_id is None and agent_id is None and run_id is None:
-            raise BadRequest("name at least one of user_id, agent_id, run_id; a whole tenant is not deleted this way")
+            raise BadRequest(
+                "name at least one of user_id, agent_id, run_id; a whole tenant is not deleted this way"
+            )
         versions = await self._run(
-            self._catalog.delete_scope,
+            self._catalog.cubes.delete_scope,
             principal.tenant,
             user_id=user_id,
             agent_id=agent_id,
@@ -214,7 +216,7 @@ class MemoryService:
         ids = tuple(parse_cube_id(member) for member in members)
         parents: tuple[Parent, ...] = ()
         if relation is not None:
-            found = await self._run(self._catalog.get_many, principal.tenant, ids, now=now)
+            found = await self._run(self._catalog.cubes.get_many, principal.tenant, ids, now=now)
             parents = tuple(Parent(id=c.id, version=c.version, relation=relation) for c in found)
         draft = replace(
             _draft(text, header, kind=Kind.DOCUMENT),
@@ -223,7 +225,7 @@ class MemoryService:
             parents=parents,
         )
         added = await self._run(
-            self._catalog.add,
+            self._catalog.cubes.add,
             principal.tenant,
             [draft],
             author=principal.key_id,
@@ -255,20 +257,24 @@ class MemoryService:
         wanted = list(dict.fromkeys(parse_cube_id(id) for id in ids))
         if idempotency is not None:
             before = await self._run(
-                self._catalog.replayed, principal.tenant, idempotency, now=now
+                self._catalog.cubes.replayed, principal.tenant, idempotency, now=now
             )
             if before is not None:
                 return await self._reindexed(principal, before.results[0].cube)
         if len(wanted) < 2:
             raise BadRequest("fusing needs at least two different cubes", "ids")
         parents = [
-            await self._run(self._catalog.get, principal.tenant, id, now=now) for id in wanted
+            await self._run(self._catalog.cubes.get, principal.tenant, id, now=now) for id in wanted
         ]
-        fused = text if text is not None else "\n".join(dict.fromkeys(p.text for p in parents if p.text))
+        fused = (
+            text
+            if text is not None
+            else "\n".join(dict.fromkeys(p.text for p in parents if p.text))
+        )
         if len(fused) > self._limits.text_chars:
             raise LimitExceeded("characters of the fused text", self._limits.text_chars, len(fused))
         cube = await self._run(
-            self._catalog.fuse,
+            self._catalog.cubes.fuse,
             principal.tenant,
             wanted,
             _fused_draft(fused, parents),
@@ -282,7 +288,7 @@ class MemoryService:
     async def rollback(self, principal: Principal, id: str, version: int) -> MemCube:
         """A new version with the content of an old one."""
         cube = await self._run(
-            self._catalog.rollback,
+            self._catalog.cubes.rollback,
             principal.tenant,
             parse_cube_id(id),
             version,
@@ -294,7 +300,7 @@ class MemoryService:
     async def set_frozen(self, principal: Principal, id: str, frozen: bool) -> MemCube:
         """Freeze or unfreeze a cube."""
         return await self._run(
-            self._catalog.set_frozen,
+            self._catalog.cubes.set_frozen,
             principal.tenant,
             parse_cube_id(id),
             frozen,
@@ -309,11 +315,13 @@ class MemoryService:
 
     async def restore(self, principal: Principal, id: str) -> MemCube:
         """Bring an archived or merged cube back into search, as a new version."""
-        return await self._reindexed(principal, await self._transition(principal, id, Event.RESTORE))
+        return await self._reindexed(
+            principal, await self._transition(principal, id, Event.RESTORE)
+        )
 
     async def _transition(self, principal: Principal, id: str, event: Event) -> MemCube:
         return await self._run(
-            self._catalog.transition,
+            self._catalog.cubes.transition,
             principal.tenant,
             parse_cube_id(id),
             event,
@@ -333,7 +341,7 @@ class MemoryService:
     ) -> MemCube:
         """A cube, now, at a version, or at a point in time."""
         return await self._run(
-            self._catalog.get,
+            self._catalog.cubes.get,
             principal.tenant,
             parse_cube_id(id),
             now=self._clock(),
@@ -344,13 +352,13 @@ class MemoryService:
     async def find(self, principal: Principal, **conditions) -> Page:
         """A page of cubes, newest first; the conditions are those of ``Catalog.find``."""
         return await self._run(
-            self._catalog.find, principal.tenant, now=self._clock(), **conditions
+            self._catalog.cubes.find, principal.tenant, now=self._clock(), **conditions
         )
 
     async def history(self, principal: Principal, id: str) -> list[Version]:
         """All versions of a cube, oldest first."""
         return await self._run(
-            self._catalog.history, principal.tenant, parse_cube_id(id), now=self._clock()
+            self._catalog.cubes.history, principal.tenant, parse_cube_id(id), now=self._clock()
         )
 
     async def members(
@@ -358,7 +366,7 @@ class MemoryService:
     ) -> Page:
         """A page of a composite's members, in their order."""
         return await self._run(
-            self._catalog.members,
+            self._catalog.cubes.members,
             principal.tenant,
             parse_cube_id(id),
             now=self._clock(),
@@ -369,12 +377,14 @@ class MemoryService:
     async def lineage(self, principal: Principal, id: str) -> Lineage:
         """What a cube came from and what came from it."""
         return await self._run(
-            self._catalog.lineage, principal.tenant, parse_cube_id(id), now=self._clock()
+            self._catalog.cubes.lineage, principal.tenant, parse_cube_id(id), now=self._clock()
         )
 
     async def residency(self, principal: Principal, id: str) -> list[Residency]:
         """Where a cube's payloads lie."""
-        return await self._run(self._catalog.residency, principal.tenant, parse_cube_id(id))
+        return await self._run(
+            self._catalog.cubes.residency, principal.tenant, parse_cube_id(id), now=self._clock()
+        )
 
     async def search(
         self,
@@ -407,7 +417,7 @@ class MemoryService:
         )
         searched = time.perf_counter()
         live = await self._run(
-            self._catalog.live_versions, principal.tenant, [hit.id for hit in hits], now=now
+            self._catalog.cubes.live_versions, principal.tenant, [hit.id for hit in hits], now=now
         )
         hits = [hit for hit in hits if live.get(hit.id) == hit.cube.version]
         self._used(principal.tenant, [hit.id for hit in hits])
@@ -448,7 +458,7 @@ class MemoryService:
         ]
         if scope.cube_ids:
             ids = await self._run(
-                self._catalog.expand,
+                self._catalog.cubes.expand,
                 principal.tenant,
                 [parse_cube_id(id) for id in scope.cube_ids],
                 now=now,
@@ -506,10 +516,10 @@ _background: set[asyncio.Future[None]] = set()
 
 def _finished(task: asyncio.Future[None]) -> None:
     _background.discard(task)
-    if not task.cancelled() and (failed := task.exception()) is not None:
-        # What stays unindexed is pending in the catalog; only a mistake of ours is worth a traceback.
-        if not isinstance(failed, MemCubeError):
-            raise failed
+    failed = None if task.cancelled() else task.exception()
+    # What stays unindexed is pending in the catalog; only a mistake of ours is worth a traceback.
+    if failed is not None and not isinstance(failed, MemCubeError):
+        raise failed
 
 
 def _outcomes(

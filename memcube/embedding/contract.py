@@ -23,9 +23,7 @@ class Embedder(Protocol):
 
     dim: int
 
-    async def embed(
-        self, texts: Sequence[str], purpose: Purpose
-    ) -> npt.NDArray[np.float32]:
+    async def embed(self, texts: Sequence[str], purpose: Purpose) -> npt.NDArray[np.float32]:
         """Vectors of shape (len(texts), dim), float32, unit length, in the order of the texts.
 
         A text longer than the model's window is cut at the window's end. The vector of a text

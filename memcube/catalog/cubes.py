@@ -1,0 +1,1079 @@
+"""The cubes themselves: add, read, change, fuse, forget. Each write is one transaction."""
+
+import base64
+import binascii
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any, Literal
+
+import sqlalchemy as sa
+
+from memcube.catalog import schema
+from memcube.catalog.engine import Database
+from memcube.catalog.index_book import STALE
+from memcube.catalog.rows import cube_of, row_of, source_row, version_of, version_row
+from memcube.catalog.schema import micros, micros_or_none
+from memcube.cube import Draft, MemCube, Relation, Residency, Scope, Shape, Version, content_hash
+from memcube.errors import (
+    BadRequest,
+    Frozen,
+    IdempotencyMismatch,
+    LimitExceeded,
+    NotFound,
+    VersionMismatch,
+)
+from memcube.ids import CubeId, IdSource, TenantId
+from memcube.lifecycle import READABLE, SEARCHABLE, Event, State, move
+
+MAX_SOURCES = 32
+MAX_LINEAGE = 1000
+MAX_NESTING = 16
+HALF_LIFE_S = 7 * 86_400.0
+IDEMPOTENCY_KEPT_S = 48 * 3600
+_CHUNK = 500
+_READABLE = tuple(str(state) for state in READABLE)
+_SEARCHABLE = frozenset(str(state) for state in SEARCHABLE)
+_cubes, _versions = schema.cubes, schema.versions
+
+
+class _Unset:
+    def __repr__(self) -> str:
+        return "UNSET"
+
+
+UNSET = _Unset()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Change:
+    """What to change of a cube; what is UNSET stays. ``expires_at=None`` takes the expiry away."""
+
+    text: str | _Unset = UNSET
+    metadata: Mapping[str, Any] | _Unset = UNSET
+    tags: tuple[str, ...] | _Unset = UNSET
+    members: tuple[CubeId, ...] | _Unset = UNSET
+    expires_at: datetime | _Unset | None = UNSET
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Idempotency:
+    """A caller's retry key and the hash of the request it belongs to."""
+
+    key: str
+    body_hash: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AddResult:
+    """What became of one draft. ``version`` is the cube's at that time."""
+
+    cube: MemCube
+    event: Literal["added", "repeated"]
+    version: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Added:
+    """What became of all drafts, in order; ``groups`` are the sizes the caller gave."""
+
+    results: tuple[AddResult, ...]
+    groups: tuple[int, ...]
+    replayed: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Page:
+    """One page; ``next_cursor`` is None at the end."""
+
+    cubes: list[MemCube]
+    next_cursor: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Edge:
+    """``child`` came from version ``version`` of ``id``."""
+
+    id: CubeId
+    version: int
+    relation: Relation
+    child: CubeId
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lineage:
+    """All edges above and below a cube; at most MAX_LINEAGE each."""
+
+    ancestors: list[Edge] = field(default_factory=list)
+    descendants: list[Edge] = field(default_factory=list)
+
+
+class Cubes:
+    """Cubes by tenant. A foreign, unknown, expired or deleted id is NotFound, all alike."""
+
+    def __init__(self, database: Database, *, new_id: IdSource) -> None:
+        self._database = database
+        self._new_id = new_id
+
+    # -- add -----------------------------------------------------------------------------------
+
+    def add(
+        self,
+        tenant: TenantId,
+        drafts: Sequence[Draft],
+        *,
+        author: str,
+        now: datetime,
+        idempotency: Idempotency | None = None,
+        groups: Sequence[int] | None = None,
+    ) -> Added:
+        """Store drafts, all or none; durable when it returns.
+
+        An exact repeat of a live cube of the same scope (also within this call) is no new cube:
+        its count goes up, its sources grow (unless frozen), and the later expiry wins.
+
+        Raises:
+            NotFound: a composite's member is not there.
+            IdempotencyMismatch: the key belongs to another request.
+        """
+        sizes = tuple(groups) if groups is not None else (len(drafts),)
+
+        def work(connection: sa.Connection) -> Added:
+            if idempotency is not None:
+                before = _replay(connection, tenant, idempotency)
+                if before is not None:
+                    return before
+            results = self._store(connection, tenant, drafts, author=author, now=now)
+            if idempotency is not None:
+                _remember(connection, tenant, idempotency, results, sizes, now)
+            return Added(results=results, groups=sizes, replayed=False)
+
+        return self._database.write(work)
+
+    def replayed(
+        self, tenant: TenantId, idempotency: Idempotency, *, now: datetime
+    ) -> Added | None:
+        """What an earlier request with this key did; None when there was none.
+
+        Raises:
+            IdempotencyMismatch: the key belongs to another request.
+        """
+        with self._database.reading() as connection:
+            return _replay(connection, tenant, idempotency)
+
+    def fuse(
+        self,
+        tenant: TenantId,
+        ids: Sequence[CubeId],
+        draft: Draft,
+        *,
+        author: str,
+        now: datetime,
+        idempotency: Idempotency | None = None,
+    ) -> MemCube:
+        """Store ``draft`` as the fusion of cubes, which become ``merged``.
+
+        Raises:
+            NotFound, Frozen, IllegalMove: of any of the parents. Nothing is changed.
+        """
+
+        def work(connection: sa.Connection) -> MemCube:
+            if idempotency is not None:
+                before = _replay(connection, tenant, idempotency)
+                if before is not None:
+                    return before.results[0].cube
+            for id in ids:
+                self._move(connection, self._live(connection, tenant, id, now), Event.MERGE, now)
+            results = self._store(connection, tenant, [draft], author=author, now=now)
+            if idempotency is not None:
+                _remember(connection, tenant, idempotency, results, (1,), now)
+            return results[0].cube
+
+        return self._database.write(work)
+
+    def _store(
+        self,
+        connection: sa.Connection,
+        tenant: TenantId,
+        drafts: Sequence[Draft],
+        *,
+        author: str,
+        now: datetime,
+    ) -> tuple[AddResult, ...]:
+        hashes = [
+            content_hash(
+                draft.scope(tenant),
+                kind=draft.kind,
+                role=draft.role,
+                speaker=draft.speaker,
+                text=draft.text,
+            )
+            if draft.shape is Shape.LEAF
+            else None
+            for draft in drafts
+        ]
+        known = self._repeated(connection, tenant, [h for h in hashes if h is not None], now)
+        wanted_members = {member for draft in drafts for member in draft.members}
+        self._require(connection, tenant, wanted_members, now)
+        heads = _thread_heads(
+            connection, {draft.scope(tenant).thread for draft in drafts if draft.threaded}
+        )
+        fresh: dict[str, dict[str, Any]] = {}
+        rows: list[dict[str, Any]] = []
+        again: dict[CubeId, list[Draft]] = {}
+        places: list[tuple[dict[str, Any], Literal["added", "repeated"]]] = []
+        for draft, hash in zip(drafts, hashes, strict=True):
+            found = known.get(hash) or fresh.get(hash) if hash is not None else None
+            if found is not None:
+                again.setdefault(found["id"], []).append(draft)
+                places.append((found, "repeated"))
+                continue
+            thread, seq = None, None
+            if draft.threaded:
+                thread = draft.scope(tenant).thread
+                seq = heads[thread] = heads.get(thread, -1) + 1
+            row = row_of(
+                draft,
+                id=self._new_id(now),
+                tenant=tenant,
+                author=author,
+                now=now,
+                content_hash=hash,
+                thread=thread,
+                seq=seq,
+            )
+            if hash is not None:
+                fresh[hash] = row
+            rows.append(row)
+            places.append((row, "added"))
+        for row in rows:
+            if row["id"] in again:
+                _absorb(row, again.pop(row["id"]))
+        if rows:
+            connection.execute(sa.insert(_cubes), rows)
+            reason = "add"
+            connection.execute(
+                sa.insert(_versions), [version_row(r, author=author, reason=reason) for r in rows]
+            )
+            _write_links(connection, rows)
+        for row in known.values():
+            if row["id"] in again:
+                _absorb(row, again[row["id"]])
+                connection.execute(
+                    sa.update(_cubes)
+                    .where(_cubes.c.id == row["id"])
+                    .values(
+                        repeats=row["repeats"],
+                        sources=row["sources"],
+                        expires_at=row["expires_at"],
+                        indexed_version=row["indexed_version"],
+                        changed_at=micros(now),
+                    )
+                )
+        return tuple(
+            AddResult(cube=cube_of(row), event=event, version=row["version"])
+            for row, event in places
+        )
+
+    def _repeated(
+        self, connection: sa.Connection, tenant: TenantId, hashes: Sequence[str], now: datetime
+    ) -> dict[str, dict[str, Any]]:
+        """Live cubes by content hash; one that has run out gives its hash back."""
+        found: dict[str, dict[str, Any]] = {}
+        over: list[str] = []
+        for start in range(0, len(hashes), _CHUNK):
+            query = sa.select(_cubes).where(
+                _cubes.c.tenant == tenant,
+                _cubes.c.content_hash.in_(hashes[start : start + _CHUNK]),
+            )
+            for row in connection.execute(query.with_for_update()).mappings():
+                if row["expires_at"] is not None and row["expires_at"] <= micros(now):
+                    over.append(row["id"])
+                else:
+                    found[row["content_hash"]] = dict(row)
+        if over:
+            connection.execute(
+                sa.update(_cubes).where(_cubes.c.id.in_(over)).values(content_hash=None)
+            )
+        return found
+
+    def _require(
+        self, connection: sa.Connection, tenant: TenantId, ids: Iterable[CubeId], now: datetime
+    ) -> None:
+        wanted = list(ids)
+        there: set[str] = set()
+        for start in range(0, len(wanted), _CHUNK):
+            query = sa.select(_cubes.c.id).where(
+                *_alive(tenant, now), _cubes.c.id.in_(wanted[start : start + _CHUNK])
+            )
+            there.update(connection.execute(query).scalars())
+        for id in wanted:
+            if id not in there:
+                raise NotFound("cube", id)
+
+    # -- read ----------------------------------------------------------------------------------
+
+    def get(
+        self,
+        tenant: TenantId,
+        id: CubeId,
+        *,
+        now: datetime,
+        version: int | None = None,
+        as_of: datetime | None = None,
+    ) -> MemCube:
+        """A cube as it is, or with the content of a version or of a point in time.
+
+        Raises:
+            NotFound: no such cube, no such version, or nothing yet at that time.
+        """
+        with self._database.reading() as connection:
+            row = self._live(connection, tenant, id, now)
+            if version is None and as_of is None:
+                return cube_of(row)
+            query = sa.select(_versions).where(_versions.c.cube == id)
+            if version is not None:
+                query = query.where(_versions.c.version == version)
+            if as_of is not None:
+                query = query.where(_versions.c.created_at <= micros(as_of))
+            past = (
+                connection.execute(query.order_by(_versions.c.version.desc()).limit(1))
+                .mappings()
+                .first()
+            )
+        if past is None:
+            raise NotFound("version of cube", f"{id}@{version if version is not None else as_of}")
+        return cube_of(
+            row
+            | {name: past[name] for name in ("version", "text", "members", "tags", "metadata")}
+            | {
+                "updated_at": past["created_at"],
+                "indexed_version": row["indexed_version"]
+                if past["version"] == row["version"]
+                else 0,
+            }
+        )
+
+    def get_many(self, tenant: TenantId, ids: Sequence[CubeId], *, now: datetime) -> list[MemCube]:
+        """The cubes that are there, in the order of ``ids``."""
+        found: dict[str, MemCube] = {}
+        with self._database.reading() as connection:
+            for start in range(0, len(ids), _CHUNK):
+                query = sa.select(_cubes).where(
+                    *_alive(tenant, now), _cubes.c.id.in_(ids[start : start + _CHUNK])
+                )
+                for row in connection.execute(query).mappings():
+                    found[row["id"]] = cube_of(row)
+        return [found[id] for id in ids if id in found]
+
+    def live_versions(
+        self, tenant: TenantId, ids: Sequence[CubeId], *, now: datetime
+    ) -> dict[CubeId, int]:
+        """The present versions of those cubes that a search may return."""
+        if not ids:
+            return {}
+        with self._database.reading() as connection:
+            rows = connection.execute(
+                _LIVE_VERSIONS, {"tenant": tenant, "ids": list(ids), "now": micros(now)}
+            )
+            return {CubeId(row.id): row.version for row in rows}
+
+    def find(
+        self,
+        tenant: TenantId,
+        *,
+        now: datetime,
+        limit: int,
+        cursor: str | None = None,
+        user_id: str | None = None,
+        agent_id: str | None = None,
+        run_id: str | None = None,
+        kind: str | None = None,
+        state: str | None = None,
+        tag: str | None = None,
+    ) -> Page:
+        """A page of cubes, newest first.
+
+        Raises:
+            BadRequest: a cursor that this method did not make.
+        """
+        query = sa.select(_cubes).where(*_alive(tenant, now))
+        for column, value in (
+            (_cubes.c.user_id, user_id),
+            (_cubes.c.agent_id, agent_id),
+            (_cubes.c.run_id, run_id),
+            (_cubes.c.kind, kind),
+            (_cubes.c.state, state),
+        ):
+            if value is not None:
+                query = query.where(column == value)
+        if tag is not None:
+            tagged = sa.select(schema.cube_tags.c.cube).where(
+                schema.cube_tags.c.tenant == tenant, schema.cube_tags.c.tag == tag
+            )
+            query = query.where(_cubes.c.id.in_(tagged))
+        if cursor is not None:
+            query = query.where(_cubes.c.id < _cursor_value(cursor))
+        query = query.order_by(_cubes.c.id.desc()).limit(limit + 1)
+        with self._database.reading() as connection:
+            rows = connection.execute(query).mappings().all()
+        found = [cube_of(row) for row in rows[:limit]]
+        return Page(cubes=found, next_cursor=_cursor(found[-1].id) if len(rows) > limit else None)
+
+    def history(self, tenant: TenantId, id: CubeId, *, now: datetime) -> list[Version]:
+        """All versions, oldest first."""
+        query = sa.select(_versions).where(_versions.c.cube == id).order_by(_versions.c.version)
+        with self._database.reading() as connection:
+            self._live(connection, tenant, id, now)
+            return [version_of(row) for row in connection.execute(query).mappings()]
+
+    def members(
+        self, tenant: TenantId, id: CubeId, *, now: datetime, limit: int, cursor: str | None = None
+    ) -> Page:
+        """A page of a composite's members, in their order."""
+        link = schema.members
+        after = -1
+        if cursor is not None:
+            try:
+                after = int(_cursor_value(cursor))
+            except ValueError:
+                raise BadRequest("not a cursor of this list", "cursor") from None
+        query = (
+            sa.select(_cubes, link.c.position)
+            .join(link, link.c.member == _cubes.c.id)
+            .where(link.c.composite == id, link.c.position > after, *_alive(tenant, now))
+            .order_by(link.c.position)
+            .limit(limit + 1)
+        )
+        with self._database.reading() as connection:
+            self._live(connection, tenant, id, now)
+            rows = connection.execute(query).mappings().all()
+        more = len(rows) > limit
+        return Page(
+            cubes=[cube_of(row) for row in rows[:limit]],
+            next_cursor=_cursor(str(rows[limit - 1]["position"])) if more else None,
+        )
+
+    def expand(
+        self, tenant: TenantId, ids: Sequence[CubeId], *, now: datetime, limit: int
+    ) -> list[CubeId]:
+        """The cubes, and all members of the composites among them, at every depth.
+
+        Raises:
+            NotFound: one of ``ids`` is not there.
+            LimitExceeded: more than ``limit`` cubes.
+        """
+        link = schema.members
+        with self._database.reading() as connection:
+            self._require(connection, tenant, ids, now)
+            seen = dict.fromkeys(ids)
+            frontier = list(ids)
+            while frontier:
+                below: list[CubeId] = []
+                for start in range(0, len(frontier), _CHUNK):
+                    query = sa.select(link.c.member).where(
+                        link.c.composite.in_(frontier[start : start + _CHUNK])
+                    )
+                    below.extend(CubeId(id) for id in connection.execute(query).scalars())
+                frontier = [id for id in dict.fromkeys(below) if id not in seen]
+                seen.update(dict.fromkeys(frontier))
+                if len(seen) > limit:
+                    raise LimitExceeded("cubes of the composites", limit)
+        return list(seen)
+
+    def lineage(self, tenant: TenantId, id: CubeId, *, now: datetime) -> Lineage:
+        """All edges above and below a cube. Deleted ancestors are named by id: that proves them."""
+        edge = schema.edges
+        with self._database.reading() as connection:
+            self._live(connection, tenant, id, now)
+            up = _walk(connection, edge.c.child, edge.c.parent, id)
+            down = _walk(connection, edge.c.parent, edge.c.child, id)
+        return Lineage(ancestors=up, descendants=down)
+
+    def residency(self, tenant: TenantId, id: CubeId, *, now: datetime) -> list[Residency]:
+        """Where a cube's payloads lie."""
+        table = schema.residency
+        with self._database.reading() as connection:
+            self._live(connection, tenant, id, now)
+            rows = connection.execute(sa.select(table).where(table.c.cube == id)).mappings()
+            return [
+                Residency(
+                    **{k: row[k] for k in ("tier", "medium", "location", "version")},
+                    size_bytes=row["size_bytes"],
+                    epoch=row["epoch"],
+                    updated_at=schema.moment(row["updated_at"]),
+                )
+                for row in rows
+            ]
+
+    # -- change --------------------------------------------------------------------------------
+
+    def update(
+        self,
+        tenant: TenantId,
+        id: CubeId,
+        change: Change,
+        *,
+        expected_version: int | None,
+        author: str,
+        reason: str,
+        now: datetime,
+    ) -> MemCube:
+        """Apply a change. New content is a new version; the same content again changes nothing.
+
+        Raises:
+            NotFound, Frozen, IllegalMove; VersionMismatch: the cube is not at ``expected_version``.
+        """
+
+        def work(connection: sa.Connection) -> MemCube:
+            row = self._live(connection, tenant, id, now, lock=True)
+            if expected_version is not None and row["version"] != expected_version:
+                raise VersionMismatch(id, expected_version, row["version"])
+            return self._apply(connection, row, change, author=author, reason=reason, now=now)
+
+        return self._database.write(work)
+
+    def rollback(
+        self, tenant: TenantId, id: CubeId, version: int, *, author: str, now: datetime
+    ) -> MemCube:
+        """A new version with the content of an old one.
+
+        Raises:
+            NotFound: no such cube or version. Frozen, IllegalMove.
+        """
+
+        def work(connection: sa.Connection) -> MemCube:
+            row = self._live(connection, tenant, id, now, lock=True)
+            past = (
+                connection.execute(
+                    sa.select(_versions).where(
+                        _versions.c.cube == id, _versions.c.version == version
+                    )
+                )
+                .mappings()
+                .first()
+            )
+            if past is None:
+                raise NotFound("version of cube", f"{id}@{version}")
+            change = Change(
+                text=past["text"],
+                metadata=past["metadata"],
+                tags=tuple(past["tags"]),
+                members=tuple(past["members"]) if row["shape"] == Shape.COMPOSITE else UNSET,
+            )
+            reason = f"rollback to {version}"
+            return self._apply(connection, row, change, author=author, reason=reason, now=now)
+
+        return self._database.write(work)
+
+    def _apply(
+        self,
+        connection: sa.Connection,
+        row: dict[str, Any],
+        change: Change,
+        *,
+        author: str,
+        reason: str,
+        now: datetime,
+    ) -> MemCube:
+        state = self._event(row, Event.UPDATE)
+        content: dict[str, Any] = {}
+        if not isinstance(change.text, _Unset):
+            content["text"] = change.text
+        if not isinstance(change.metadata, _Unset):
+            content["metadata"] = dict(change.metadata)
+        if not isinstance(change.tags, _Unset):
+            content["tags"] = list(change.tags)
+        if not isinstance(change.members, _Unset):
+            if row["shape"] != Shape.COMPOSITE:
+                raise BadRequest("a leaf has no members; create a composite", "members")
+            self._check_members(connection, row, change.members, now)
+            content["members"] = list(change.members)
+        new = row | {name: value for name, value in content.items() if row[name] != value}
+        changed = new != row
+        if not isinstance(change.expires_at, _Unset):
+            new["expires_at"] = micros_or_none(change.expires_at)
+        if new == row:
+            return cube_of(row)
+        new["state"] = str(state)
+        new["changed_at"] = micros(now)
+        if changed:
+            new["version"] += 1
+            new["updated_at"] = max(micros(now), row["updated_at"])
+        elif new["indexed_version"] > 0:
+            new["indexed_version"] = STALE
+        new["content_hash"] = self._free_hash(connection, new)
+        self._save(connection, row, new)
+        if changed:
+            entry = version_row(new, author=author, reason=reason)
+            connection.execute(sa.insert(_versions), entry)
+            _delete_links(connection, row["id"])
+            _write_links(connection, [new | {"parents": []}])
+        return cube_of(new)
+
+    def _check_members(
+        self,
+        connection: sa.Connection,
+        row: Mapping[str, Any],
+        ids: Sequence[CubeId],
+        now: datetime,
+    ) -> None:
+        self._require(connection, row["tenant"], set(ids), now)
+        link = schema.members
+        frontier = set(ids)
+        for _ in range(MAX_NESTING):
+            if row["id"] in frontier:
+                raise BadRequest("a composite can't hold itself, at any depth", "members")
+            if not frontier:
+                return
+            query = sa.select(link.c.member).where(link.c.composite.in_(frontier))
+            frontier = set(connection.execute(query).scalars())
+        raise LimitExceeded("depth of composites", MAX_NESTING)
+
+    def transition(
+        self, tenant: TenantId, id: CubeId, event: Event, *, author: str, now: datetime
+    ) -> MemCube:
+        """Archive, merge or restore a cube. A restored one is a new version (of the same content):
+        the index refuses late writes of the version that was removed.
+
+        Raises:
+            NotFound, Frozen, IllegalMove.
+        """
+
+        def work(connection: sa.Connection) -> MemCube:
+            row = self._live(connection, tenant, id, now, lock=True)
+            new = self._move(connection, row, event, now)
+            if event is Event.RESTORE:
+                entry = version_row(new, author=author, reason="restore")
+                connection.execute(sa.insert(_versions), entry)
+            return cube_of(new)
+
+        return self._database.write(work)
+
+    def set_frozen(self, tenant: TenantId, id: CubeId, frozen: bool, *, now: datetime) -> MemCube:
+        """Freeze or unfreeze. Idempotent."""
+
+        def work(connection: sa.Connection) -> MemCube:
+            row = self._live(connection, tenant, id, now, lock=True)
+            new = row | {"frozen": frozen}
+            self._save(connection, row, new)
+            return cube_of(new)
+
+        return self._database.write(work)
+
+    def _move(
+        self, connection: sa.Connection, row: dict[str, Any], event: Event, now: datetime
+    ) -> dict[str, Any]:
+        new = row | {"state": str(self._event(row, event)), "changed_at": micros(now)}
+        new["searchable"] = new["state"] in _SEARCHABLE
+        if event is Event.RESTORE:
+            new["version"] += 1
+            new["updated_at"] = max(micros(now), row["updated_at"])
+        elif not new["searchable"]:
+            new["indexed_version"] = STALE
+        new["content_hash"] = self._free_hash(connection, new)
+        self._save(connection, row, new)
+        return new
+
+    @staticmethod
+    def _event(row: Mapping[str, Any], event: Event) -> State:
+        if row["frozen"]:
+            raise Frozen(row["id"])
+        return move(State(row["state"]), event)
+
+    def _free_hash(self, connection: sa.Connection, row: Mapping[str, Any]) -> str | None:
+        """The cube's content hash, or None where a repeat must not find it: it is no longer
+        searchable, or another cube has the same content already."""
+        if row["shape"] != Shape.LEAF or not row["searchable"]:
+            return None
+        scope = Scope(
+            tenant=row["tenant"],
+            user_id=row["user_id"],
+            agent_id=row["agent_id"],
+            run_id=row["run_id"],
+        )
+        hash = content_hash(
+            scope, kind=row["kind"], role=row["role"], speaker=row["speaker"], text=row["text"]
+        )
+        query = sa.select(_cubes.c.id).where(
+            _cubes.c.tenant == row["tenant"],
+            _cubes.c.content_hash == hash,
+            _cubes.c.id != row["id"],
+        )
+        return None if connection.execute(query).first() else hash
+
+    @staticmethod
+    def _save(connection: sa.Connection, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+        values = {name: value for name, value in new.items() if old[name] != value}
+        if values:
+            connection.execute(sa.update(_cubes).where(_cubes.c.id == old["id"]).values(**values))
+
+    # -- forget --------------------------------------------------------------------------------
+
+    def delete(self, tenant: TenantId, id: CubeId, *, now: datetime) -> int:
+        """Wipe a cube and its versions; returns the version it had.
+
+        What stays is its id, its state and its place in the lineage.
+
+        Raises:
+            NotFound, Frozen.
+        """
+
+        def work(connection: sa.Connection) -> int:
+            row = self._live(connection, tenant, id, now, lock=True)
+            self._event(row, Event.DELETE)
+            _wipe(connection, [row], State.DELETED, now)
+            return row["version"]
+
+        return self._database.write(work)
+
+    def delete_scope(
+        self,
+        tenant: TenantId,
+        *,
+        user_id: str | None,
+        agent_id: str | None,
+        run_id: str | None,
+        now: datetime,
+    ) -> dict[CubeId, int]:
+        """Wipe all cubes of a scope in one transaction; returns them with their versions.
+
+        Raises:
+            Frozen: one of them is frozen. Nothing is changed.
+        """
+        wanted = [
+            column == value
+            for column, value in (
+                (_cubes.c.user_id, user_id),
+                (_cubes.c.agent_id, agent_id),
+                (_cubes.c.run_id, run_id),
+            )
+            if value is not None
+        ]
+
+        def work(connection: sa.Connection) -> dict[CubeId, int]:
+            query = sa.select(_cubes.c.id, _cubes.c.version, _cubes.c.frozen).where(
+                *_alive(tenant, now), *wanted
+            )
+            rows = [dict(row) for row in connection.execute(query).mappings()]
+            for row in rows:
+                if row["frozen"]:
+                    raise Frozen(row["id"])
+            _wipe(connection, rows, State.DELETED, now)
+            return {CubeId(row["id"]): row["version"] for row in rows}
+
+        return self._database.write(work)
+
+    def expire_due(self, *, now: datetime, limit: int) -> int:
+        """Wipe cubes whose time is over, frozen ones too; returns how many."""
+
+        def work(connection: sa.Connection) -> int:
+            query = (
+                sa.select(_cubes.c.id, _cubes.c.version)
+                .where(_cubes.c.expires_at <= micros(now), _cubes.c.state.in_(_READABLE))
+                .limit(limit)
+            )
+            rows = [dict(row) for row in connection.execute(query).mappings()]
+            _wipe(connection, rows, State.EXPIRED, now)
+            return len(rows)
+
+        return self._database.write(work)
+
+    def prune(self, *, now: datetime) -> int:
+        """Forget retry keys older than IDEMPOTENCY_KEPT_S; returns how many."""
+        table = schema.idempotency
+        until = micros(now) - IDEMPOTENCY_KEPT_S * 1_000_000
+
+        def work(connection: sa.Connection) -> int:
+            return connection.execute(sa.delete(table).where(table.c.created_at < until)).rowcount
+
+        return self._database.write(work)
+
+    # -- use -----------------------------------------------------------------------------------
+
+    def record_uses(
+        self, tenant: TenantId, counts: Mapping[CubeId, int], *, now: datetime
+    ) -> dict[CubeId, int]:
+        """Count uses; returns the cubes that this made ``activated``, with their versions.
+
+        The rate is uses per day, decayed with a half-life of seven days.
+        """
+        at = micros(now)
+
+        def work(connection: sa.Connection) -> dict[CubeId, int]:
+            rows = []
+            ids = list(counts)
+            for start in range(0, len(ids), _CHUNK):
+                query = sa.select(
+                    _cubes.c.id,
+                    _cubes.c.version,
+                    _cubes.c.state,
+                    _cubes.c.last_used_at,
+                    _cubes.c.rate,
+                ).where(_cubes.c.tenant == tenant, _cubes.c.id.in_(ids[start : start + _CHUNK]))
+                rows.extend(connection.execute(query.where(_cubes.c.searchable)))
+            if not rows:
+                return {}
+            connection.execute(
+                _USE,
+                [
+                    {
+                        "b_id": row.id,
+                        "b_uses": counts[CubeId(row.id)],
+                        "b_at": at,
+                        "b_state": str(move(State(row.state), Event.USE)),
+                        "b_rate": _decayed(row.rate, row.last_used_at, at)
+                        + counts[CubeId(row.id)] * 0.6931 / 7,
+                    }
+                    for row in rows
+                ],
+            )
+            return {CubeId(r.id): r.version for r in rows if r.state == State.GENERATED}
+
+        return self._database.write(work)
+
+    @staticmethod
+    def _live(
+        connection: sa.Connection,
+        tenant: TenantId,
+        id: CubeId,
+        now: datetime,
+        *,
+        lock: bool = False,
+    ) -> dict[str, Any]:
+        query = sa.select(_cubes).where(*_alive(tenant, now), _cubes.c.id == id)
+        if lock:
+            query = query.with_for_update()
+        row = connection.execute(query).mappings().first()
+        if row is None:
+            raise NotFound("cube", id)
+        return dict(row)
+
+
+def _alive(tenant: TenantId, now: datetime) -> list[sa.ColumnElement[bool]]:
+    return [
+        _cubes.c.tenant == tenant,
+        _cubes.c.state.in_(_READABLE),
+        sa.or_(_cubes.c.expires_at.is_(None), _cubes.c.expires_at > micros(now)),
+    ]
+
+
+_LIVE_VERSIONS = sa.select(_cubes.c.id, _cubes.c.version).where(
+    _cubes.c.tenant == sa.bindparam("tenant"),
+    _cubes.c.id.in_(sa.bindparam("ids", expanding=True)),
+    _cubes.c.searchable,
+    sa.or_(_cubes.c.expires_at.is_(None), _cubes.c.expires_at > sa.bindparam("now")),
+)
+_USE = (
+    sa.update(_cubes)
+    .where(_cubes.c.id == sa.bindparam("b_id"))
+    .values(
+        uses=_cubes.c.uses + sa.bindparam("b_uses"),
+        last_used_at=sa.bindparam("b_at"),
+        state=sa.bindparam("b_state"),
+        rate=sa.bindparam("b_rate"),
+    )
+)
+
+
+def _decayed(rate: float, last_used_at: int | None, at: int) -> float:
+    if last_used_at is None:
+        return rate
+    return rate * 0.5 ** (max(0, at - last_used_at) / 1e6 / HALF_LIFE_S)
+
+
+def _absorb(row: dict[str, Any], repeats: Sequence[Draft]) -> None:
+    """Count repeats into a cube's row."""
+    row["repeats"] += len(repeats)
+    for draft in repeats:
+        if not row["frozen"]:
+            sources = [*row["sources"], *(source_row(source) for source in draft.sources)]
+            row["sources"] = sources[:MAX_SOURCES]
+        until = micros_or_none(draft.expires_at)
+        if row["expires_at"] is not None and (until is None or until > row["expires_at"]):
+            row["expires_at"] = until
+            if row["indexed_version"] > 0:
+                row["indexed_version"] = STALE
+
+
+def _thread_heads(connection: sa.Connection, threads: Iterable[str]) -> dict[str, int]:
+    wanted = list(threads)
+    heads: dict[str, int] = {}
+    for start in range(0, len(wanted), _CHUNK):
+        query = (
+            sa.select(_cubes.c.thread, sa.func.max(_cubes.c.seq))
+            .where(_cubes.c.thread.in_(wanted[start : start + _CHUNK]))
+            .group_by(_cubes.c.thread)
+        )
+        heads.update({thread: seq for thread, seq in connection.execute(query)})
+    return heads
+
+
+def _write_links(connection: sa.Connection, rows: Sequence[Mapping[str, Any]]) -> None:
+    tags = [
+        {"cube": row["id"], "tenant": row["tenant"], "tag": tag}
+        for row in rows
+        for tag in dict.fromkeys(row["tags"])
+    ]
+    members = [
+        {"composite": row["id"], "position": i, "member": member}
+        for row in rows
+        for i, member in enumerate(row["members"])
+    ]
+    edges = [
+        {"child": row["id"], "parent": id, "parent_version": version, "relation": relation}
+        for row in rows
+        for id, version, relation in row["parents"]
+    ]
+    for table, values in (
+        (schema.cube_tags, tags),
+        (schema.members, members),
+        (schema.edges, edges),
+    ):
+        if values:
+            connection.execute(sa.insert(table), values)
+
+
+def _delete_links(connection: sa.Connection, id: str) -> None:
+    connection.execute(sa.delete(schema.cube_tags).where(schema.cube_tags.c.cube == id))
+    connection.execute(sa.delete(schema.members).where(schema.members.c.composite == id))
+
+
+def _wipe(
+    connection: sa.Connection, rows: Sequence[Mapping[str, Any]], state: State, now: datetime
+) -> None:
+    """Take all content of cubes away, here and in their versions; their ids stay.
+
+    ``indexed_version`` becomes STALE even where the index is not known to hold the cube: an
+    acknowledgement of the index may still be on its way.
+    """
+    link = schema.members
+    for start in range(0, len(rows), _CHUNK):
+        ids = [row["id"] for row in rows[start : start + _CHUNK]]
+        holders = sa.select(link.c.composite).where(link.c.member.in_(ids)).distinct()
+        for composite in connection.execute(holders).scalars().all():
+            query = sa.select(_cubes.c.members).where(_cubes.c.id == composite)
+            held = connection.execute(query).scalar_one()
+            left = [id for id in held if id not in ids]
+            connection.execute(
+                sa.update(_cubes).where(_cubes.c.id == composite).values(members=left)
+            )
+        connection.execute(
+            sa.delete(link).where(sa.or_(link.c.member.in_(ids), link.c.composite.in_(ids)))
+        )
+        connection.execute(sa.delete(schema.cube_tags).where(schema.cube_tags.c.cube.in_(ids)))
+        connection.execute(sa.delete(_versions).where(_versions.c.cube.in_(ids)))
+        connection.execute(
+            sa.update(_cubes)
+            .where(_cubes.c.id.in_(ids))
+            .values(
+                text="",
+                content_hash=None,
+                user_id=None,
+                agent_id=None,
+                run_id=None,
+                role=None,
+                speaker=None,
+                tags=[],
+                metadata={},
+                sources=[],
+                members=[],
+                event_time=None,
+                expires_at=None,
+                state=str(state),
+                searchable=False,
+                indexed_version=STALE,
+                indexed_as=None,
+                updated_at=micros(now),
+                changed_at=micros(now),
+            )
+        )
+
+
+def _walk(
+    connection: sa.Connection, here: sa.Column[str], there: sa.Column[str], start: CubeId
+) -> list[Edge]:
+    edge = schema.edges
+    found: list[Edge] = []
+    seen = {start}
+    frontier = [start]
+    while frontier and len(found) < MAX_LINEAGE:
+        query = sa.select(edge, there.label("next")).where(here.in_(frontier)).limit(MAX_LINEAGE)
+        frontier = []
+        for row in connection.execute(query.order_by(there)):
+            found.append(
+                Edge(
+                    id=CubeId(row.parent),
+                    version=row.parent_version,
+                    relation=Relation(row.relation),
+                    child=CubeId(row.child),
+                )
+            )
+            if row.next not in seen:
+                seen.add(row.next)
+                frontier.append(row.next)
+    return found[:MAX_LINEAGE]
+
+
+def _replay(connection: sa.Connection, tenant: TenantId, idempotency: Idempotency) -> Added | None:
+    table = schema.idempotency
+    row = connection.execute(
+        sa.select(table).where(table.c.tenant == tenant, table.c.key == idempotency.key)
+    ).first()
+    if row is None:
+        return None
+    if row.body_hash != idempotency.body_hash:
+        raise IdempotencyMismatch(idempotency.key)
+    entries = row.outcome["results"]
+    ids = list(dict.fromkeys(id for id, _, _ in entries))
+    cubes: dict[str, MemCube] = {}
+    for start in range(0, len(ids), _CHUNK):
+        # Deleted ones too: a retry answers as the first time did, whatever happened since.
+        query = sa.select(_cubes).where(
+            _cubes.c.tenant == tenant, _cubes.c.id.in_(ids[start : start + _CHUNK])
+        )
+        for found in connection.execute(query).mappings():
+            cubes[found["id"]] = cube_of(found)
+    return Added(
+        results=tuple(
+            AddResult(cube=cubes[id], event=event, version=version)
+            for id, event, version in entries
+        ),
+        groups=tuple(row.outcome["groups"]),
+        replayed=True,
+    )
+
+
+def _remember(
+    connection: sa.Connection,
+    tenant: TenantId,
+    idempotency: Idempotency,
+    results: Sequence[AddResult],
+    groups: Sequence[int],
+    now: datetime,
+) -> None:
+    connection.execute(
+        sa.insert(schema.idempotency),
+        {
+            "tenant": tenant,
+            "key": idempotency.key,
+            "body_hash": idempotency.body_hash,
+            "outcome": {
+                "results": [[r.cube.id, r.event, r.version] for r in results],
+                "groups": list(groups),
+            },
+            "created_at": micros(now),
+        },
+    )
+
+
+def _cursor(value: str) -> str:
+    return base64.urlsafe_b64encode(value.encode()).decode().rstrip("=")
+
+
+def _cursor_value(cursor: str) -> str:
+    try:
+        padded = cursor + "=" * (-len(cursor) % 4)
+        return base64.b64decode(padded, altchars=b"-_", validate=True).decode()
+    except (binascii.Error, UnicodeDecodeError):
+        raise BadRequest("not a cursor of this list", "cursor") from None
