@@ -13,7 +13,7 @@ Invariants (the contract suite in ``memcube.testing.plaintext_contract`` checks 
     * what ``put`` returned from survives ``kill -9`` of the process.
 """
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Protocol
@@ -114,6 +114,10 @@ class PlaintextStore(Protocol):
         """Remove cubes, up to and including the given versions. Unknown ids are passed over."""
         ...
 
+    async def set_state(self, tenant: TenantId, ids: Iterable[CubeId], state: str) -> None:
+        """Change the state that filters see, without a new version. Unknown ids are passed over."""
+        ...
+
     async def get(
         self, tenant: TenantId, ids: Sequence[CubeId], *, with_vectors: bool = False
     ) -> list[StoredCube]:
@@ -181,3 +185,17 @@ class PlaintextStore(Protocol):
     async def close(self) -> None:
         """Flush and release the index. No call may follow."""
         ...
+
+
+def check_vectors(cubes: Sequence[IndexedCube], dim: int) -> None:
+    """Refuse what can't be indexed, before anything is written.
+
+    Raises:
+        ValueError: a vector is not of shape (dim,), not finite, or not of unit length.
+    """
+    for cube in cubes:
+        if cube.vector.shape != (dim,):
+            raise ValueError(f"cube {cube.id}: vector of shape {cube.vector.shape}, not ({dim},)")
+        length = float(np.linalg.norm(cube.vector))
+        if not abs(length - 1.0) < 1e-2:
+            raise ValueError(f"cube {cube.id}: vector of length {length}, not 1")

@@ -1,0 +1,1 @@
+"""What tests share: contract suites and doubles. Needs pytest and hypothesis."""
