@@ -1,0 +1,1 @@
+"""Measures retrieval on conversations with known evidence."""

@@ -1,0 +1,1 @@
+"""Search in the plaintext tier: candidates from the index, ranked by a learned linear fusion."""
