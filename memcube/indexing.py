@@ -14,7 +14,7 @@ from datetime import datetime
 from memcube.catalog import Catalog
 from memcube.cube import MemCube, slot
 from memcube.embedding.contract import Embedder, Purpose
-from memcube.errors import StaleEpoch
+from memcube.errors import StaleEpoch, Unavailable
 from memcube.ids import CubeId, TenantId
 from memcube.lifecycle import SEARCHABLE
 from memcube.retrieval.passage import passage_text
@@ -131,6 +131,17 @@ class Indexer:
         else:
             raise StaleEpoch(info.epoch, info.epoch + 1)
         await asyncio.to_thread(self._catalog.index.mark_removed, tenant, list(versions))
+
+    async def set_state(
+        self, tenant: TenantId, ids: Sequence[CubeId], state: str, *, shard: int
+    ) -> None:
+        """Tell the index of a new state. If it can't be told, the cubes are put again later."""
+        info = await self.info(shard)
+        try:
+            await self._shards(shard).set_state(tenant, ids, state, epoch=info.epoch)
+        except (StaleEpoch, Unavailable):
+            self._infos.pop(shard, None)
+            await asyncio.to_thread(self._catalog.index.unmark, tenant, ids, now=self._clock())
 
     async def info(self, shard: int) -> ShardInfo:
         """The shard's epoch and index, as last heard."""

@@ -17,11 +17,14 @@ from memcube.catalog import (
     AddResult,
     Catalog,
     Change,
-    Edge,
     Idempotency,
+    KeyInfo,
     Lineage,
     Page,
     Principal,
+    Role,
+    Stats,
+    Tenant,
 )
 from memcube.config import Limits
 from memcube.context import ContextBlock, Passage, build_context
@@ -106,6 +109,41 @@ class MemoryService:
     async def authenticate(self, secret: str) -> Principal:
         """Who a key belongs to. Asked on every request, so a revoked key ends at once."""
         return await self._run(self._catalog.access.authenticate, secret, now=self._clock())
+
+    async def ensure_tenant(self, name: str, *, shards: int) -> Tenant:
+        """The tenant, made if it is new."""
+        return await self._run(
+            self._catalog.access.ensure_tenant, name, shards=shards, now=self._clock()
+        )
+
+    async def create_key(
+        self, tenant: TenantId, name: str, role: Role, expires_at: datetime | None
+    ) -> tuple[KeyInfo, str]:
+        """A new key of a tenant, and its secret."""
+        return await self._run(
+            self._catalog.access.create_key,
+            tenant=tenant,
+            name=name,
+            role=role,
+            expires_at=expires_at,
+            now=self._clock(),
+        )
+
+    async def keys(self, principal: Principal) -> list[KeyInfo]:
+        """The tenant's keys."""
+        return await self._run(self._catalog.access.keys, principal.tenant)
+
+    async def revoke_key(self, principal: Principal, id: str) -> None:
+        """End one of the tenant's keys."""
+        await self._run(self._catalog.access.revoke_key, principal.tenant, id, now=self._clock())
+
+    async def stats(self, principal: Principal) -> Stats:
+        """Counts of the tenant's cubes and of its waiting work."""
+        return await self._run(self._catalog.index.stats, principal.tenant)
+
+    async def total_stats(self) -> Stats:
+        """Counts over all tenants."""
+        return await self._run(self._catalog.index.stats)
 
     # -- write ---------------------------------------------------------------------------------
 
@@ -590,4 +628,4 @@ def _fused_draft(text: str, parents: Sequence[MemCube]) -> Draft:
     )
 
 
-__all__ = ["AddOutcome", "AddRequest", "Edge", "Found", "MemoryService", "SearchScope"]
+__all__ = ["AddOutcome", "AddRequest", "Found", "MemoryService", "SearchScope"]

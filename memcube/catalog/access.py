@@ -25,11 +25,13 @@ KEY_PREFIX = "mk_"
 
 
 class Role(StrEnum):
-    """What a key may do; each includes the ones before it."""
+    """What a key may do; each includes the ones before it. An operator makes tenants and their keys; it
+    reads no tenant's memory but its own."""
 
     READER = "reader"
     WRITER = "writer"
     ADMIN = "admin"
+    OPERATOR = "operator"
 
     def allows(self, needed: "Role") -> bool:
         order = list(Role)

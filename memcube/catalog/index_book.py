@@ -108,11 +108,8 @@ class IndexBook:
         if rows:
             self._database.write(lambda connection: connection.execute(_UNMARK, rows))
 
-    def pending(self, *, index: str, shard: int, before: datetime, limit: int) -> list[MemCube]:
-        """Cubes that the index should hold and doesn't, oldest first, last changed before ``before``.
-
-        A change of the index (another embedder) makes every cube pending.
-        """
+    def pending(self, *, shard: int, before: datetime, limit: int) -> list[MemCube]:
+        """Cubes that the index should hold and does not, oldest first, last changed before ``before``."""
         query = (
             sa.select(_cubes)
             .join(schema.tenants, schema.tenants.c.id == _cubes.c.tenant)

@@ -41,6 +41,10 @@ class ShardClient(Protocol):
         self, tenant: TenantId, versions: Mapping[CubeId, int], *, epoch: int
     ) -> None: ...
 
+    async def set_state(
+        self, tenant: TenantId, ids: Sequence[CubeId], state: str, *, epoch: int
+    ) -> None: ...
+
     async def search(
         self,
         tenant: TenantId,
@@ -86,6 +90,13 @@ class PlaintextShard:
         """Remove cubes up to the given versions, and refuse late puts of those. Idempotent."""
         self._check(epoch)
         await self._store.delete(tenant, versions)
+
+    async def set_state(
+        self, tenant: TenantId, ids: Sequence[CubeId], state: str, *, epoch: int
+    ) -> None:
+        """Change the state that filters see. Idempotent."""
+        self._check(epoch)
+        await self._store.set_state(tenant, ids, state)
 
     async def search(
         self,

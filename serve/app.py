@@ -1,0 +1,540 @@
+"""The HTTP application: routes, who may call them, and how errors are answered. No Ray in here."""
+
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable
+from datetime import datetime
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, FastAPI, Header, Path, Query, Request
+from fastapi.responses import JSONResponse, PlainTextResponse
+
+from memcube import __version__
+from memcube.catalog import UNSET, Change, Principal, Role
+from memcube.config import Limits
+from memcube.cube import Kind, Relation
+from memcube.errors import (
+    BadRequest,
+    Forbidden,
+    LimitExceeded,
+    MemCubeError,
+    Unauthenticated,
+    Unavailable,
+)
+from memcube.ids import TenantId
+from memcube.lifecycle import READABLE
+from memcube.reader.messages import Header as CubeHeader
+from serve import models, problems, requests, views
+from serve.backend import Backend, now
+from serve.metrics import Measured, Metrics
+
+OpenBackend = Callable[[], Awaitable[Backend]]
+_PROBLEMS: dict[int | str, dict[str, Any]] = {
+    status: {"model": models.ProblemOut, "description": text}
+    for status, text in (
+        (401, "No valid key"),
+        (403, "The key's role is too small"),
+        (404, "Not in this tenant"),
+        (409, "The cube's state forbids it"),
+        (413, "Body over the limit"),
+        (422, "Bad input; nothing was changed"),
+        (503, "A part can't answer now; Retry-After says when to ask again"),
+    )
+}
+Key = Annotated[str, Path(max_length=64, examples=["01a20e3e-d04c-705b-a9c3-c4fffbea30a3"])]
+Scope = Annotated[str | None, Query(min_length=1, max_length=256)]
+RetryKey = Annotated[
+    str | None,
+    Header(
+        alias="Idempotency-Key",
+        description="Repeat a request with the same key: one effect, the same answer (for 48 h).",
+    ),
+]
+
+
+def create_app(open_backend: OpenBackend, limits: Limits) -> FastAPI:
+    """The application. ``open_backend`` runs when the server starts."""
+    metrics = Metrics()
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        app.state.backend = await open_backend()
+        yield
+        await app.state.backend.close()
+
+    app = FastAPI(
+        title="MemOS on Ray",
+        version=__version__,
+        summary="Memory for language models: add, search, version, compose, forget.",
+        description="Send `Authorization: Bearer KEY` (or `Token KEY`, or `X-API-Key: KEY`). The "
+        "key decides the tenant and the role. Errors are `application/problem+json`.",
+        lifespan=lifespan,
+    )
+    app.state.metrics = metrics
+    app.state.limits = limits
+    problems.install(app)
+    for router in (memories, cubes, keys, system):
+        app.include_router(router)
+    app.add_middleware(Measured, metrics=metrics)
+    app.add_middleware(problems.BodyLimit, limit=limits.body_bytes)
+    return app
+
+
+def backend_of(request: Request) -> Backend:
+    return request.app.state.backend
+
+
+Here = Annotated[Backend, Depends(backend_of)]
+
+
+def _secret(request: Request) -> str:
+    given = request.headers.get("x-api-key")
+    if given:
+        return given.strip()
+    scheme, _, secret = request.headers.get("authorization", "").partition(" ")
+    if scheme.lower() not in ("bearer", "token") or not secret.strip():
+        raise Unauthenticated
+    return secret.strip()
+
+
+def caller(needed: Role) -> Any:
+    """Who calls, if the key's role allows it."""
+
+    async def check(request: Request, backend: Here) -> Principal:
+        principal = await backend.service.authenticate(_secret(request))
+        if not principal.role.allows(needed):
+            raise Forbidden(principal.role, needed)
+        return principal
+
+    return Depends(check)
+
+
+Reader = Annotated[Principal, caller(Role.READER)]
+Writer = Annotated[Principal, caller(Role.WRITER)]
+Admin = Annotated[Principal, caller(Role.ADMIN)]
+
+memories = APIRouter(prefix="/v1", tags=["memories"], responses=_PROBLEMS)
+cubes = APIRouter(prefix="/v1/cubes", tags=["cubes"], responses=_PROBLEMS)
+keys = APIRouter(prefix="/v1/keys", tags=["keys"], responses=_PROBLEMS)
+system = APIRouter(tags=["system"])
+
+
+@memories.post("/memories", status_code=201, response_model=models.AddOut, summary="Add memories")
+async def add(
+    body: models.AddOneBody, who: Writer, here: Here, request: Request, key: RetryKey = None
+) -> JSONResponse:
+    """Remember messages (one memory a turn) or a text. Answered when it is safe on disk and, unless
+    `wait` is `stored`, found by the next search. An exact repeat in the same scope is counted, not
+    stored twice."""
+    wanted = requests.add_request(body, here.config.limits, now=now())
+    (outcome,) = await here.service.add(
+        who,
+        [wanted],
+        wait_indexed=body.wait == "indexed",
+        idempotency=requests.idempotency(key, "add", body),
+    )
+    _count(request, outcome)
+    return JSONResponse(views.added(outcome), 201)
+
+
+@memories.post(
+    "/memories/batch", status_code=201, response_model=models.BatchOut, summary="Add many at once"
+)
+async def add_batch(
+    body: models.BatchBody, who: Writer, here: Here, request: Request, key: RetryKey = None
+) -> JSONResponse:
+    """Up to 1,000 adds in one transaction: all or none."""
+    limits = here.config.limits
+    if len(body.items) > limits.batch_items:
+        raise LimitExceeded("items", limits.batch_items, len(body.items))
+    for i, item in enumerate(body.items):
+        if item.infer:
+            raise BadRequest("add it alone: a batch is stored without a model", f"items[{i}].infer")
+    wanted = [
+        requests.add_request(item, limits, now=now(), at=f"items[{i}].")
+        for i, item in enumerate(body.items)
+    ]
+    outcomes = await here.service.add(
+        who,
+        wanted,
+        wait_indexed=body.wait == "indexed",
+        idempotency=requests.idempotency(key, "batch", body),
+    )
+    for outcome in outcomes:
+        _count(request, outcome)
+    return JSONResponse({"results": [views.added(outcome) for outcome in outcomes]}, 201)
+
+
+def _count(request: Request, outcome: Any) -> None:
+    for result in outcome.results:
+        request.app.state.metrics.added.labels(result.event).inc()
+
+
+@memories.post("/memories/search", response_model=models.SearchOut, summary="Search")
+async def search(body: models.SearchBody, who: Reader, here: Here) -> JSONResponse:
+    """The memories that answer a query, best first. `hybrid` scores are the estimated chance that a
+    memory answers it; `dense` is cosine, `sparse` is BM25."""
+    limits = here.config.limits
+    if body.top_k > limits.top_k:
+        raise LimitExceeded("top_k", limits.top_k, body.top_k)
+    found = await here.service.search(
+        who,
+        requests.checked_query(body.query, limits),
+        requests.search_scope(body),
+        top_k=body.top_k,
+        mode=body.mode,
+        threshold=body.threshold,
+        explain=body.explain,
+    )
+    took = {"search": round(found.search_ms, 3), "total": round(found.total_ms, 3)}
+    return JSONResponse({"results": [views.hit(hit) for hit in found.hits], "took_ms": took})
+
+
+@memories.post("/context", response_model=models.ContextOut, summary="Memories for a prompt")
+async def context(body: models.ContextBody, who: Reader, here: Here) -> JSONResponse:
+    """A block of memories to put into a prompt, of at most `token_budget` tokens (estimated), with
+    the ids that are in it."""
+    limits = here.config.limits
+    if body.token_budget > limits.token_budget:
+        raise LimitExceeded("token_budget", limits.token_budget, body.token_budget)
+    if body.top_k is not None and body.top_k > limits.top_k:
+        raise LimitExceeded("top_k", limits.top_k, body.top_k)
+    query = requests.query_of(body)
+    block = await here.service.context(
+        who,
+        requests.checked_query(
+            query if body.query is not None else query[-limits.query_chars :], limits
+        ),
+        requests.search_scope(body),
+        token_budget=body.token_budget,
+        top_k=body.top_k,
+    )
+    return JSONResponse(
+        {
+            "context": block.text,
+            "ids": list(block.ids),
+            "num_tokens": block.num_tokens,
+            "budget": body.token_budget,
+        }
+    )
+
+
+@memories.get("/memories", response_model=models.PageOut, summary="List memories")
+async def list_memories(
+    who: Reader,
+    here: Here,
+    user_id: Scope = None,
+    agent_id: Scope = None,
+    run_id: Scope = None,
+    kind: Kind | None = None,
+    state: Annotated[
+        str | None, Query(description="generated, activated, merged or archived")
+    ] = None,
+    tag: Annotated[str | None, Query(max_length=128)] = None,
+    limit: Annotated[int, Query(ge=1)] = 50,
+    cursor: Annotated[str | None, Query(max_length=256)] = None,
+) -> JSONResponse:
+    """Newest first. Give `next_cursor` as `cursor` for the next page."""
+    if limit > here.config.limits.page:
+        raise LimitExceeded("limit", here.config.limits.page, limit)
+    if state is not None and state not in READABLE:
+        raise BadRequest(f"one of {', '.join(sorted(READABLE))}", "state")
+    for name, value in (
+        ("user_id", user_id),
+        ("agent_id", agent_id),
+        ("run_id", run_id),
+        ("tag", tag),
+    ):
+        if value is not None and "\x00" in value:
+            raise BadRequest("can't hold a NUL character", name)
+    page = await here.service.find(
+        who,
+        user_id=user_id,
+        agent_id=agent_id,
+        run_id=run_id,
+        kind=kind,
+        state=state,
+        tag=tag,
+        limit=limit,
+        cursor=cursor,
+    )
+    return JSONResponse(views.page(page))
+
+
+@memories.delete(
+    "/memories", response_model=models.DeletedManyOut, summary="Forget all memories of a scope"
+)
+async def delete_scope(
+    who: Writer,
+    here: Here,
+    user_id: Scope = None,
+    agent_id: Scope = None,
+    run_id: Scope = None,
+) -> JSONResponse:
+    """Forget everything of a user, agent or run (at least one is needed), in one transaction."""
+    deleted = await here.service.delete_scope(
+        who, user_id=user_id, agent_id=agent_id, run_id=run_id
+    )
+    return JSONResponse({"deleted": deleted})
+
+
+async def _get(
+    id: Key,
+    who: Reader,
+    here: Here,
+    version: Annotated[int | None, Query(ge=1)] = None,
+    as_of: Annotated[datetime | None, Query(description="As it was at this time.")] = None,
+) -> JSONResponse:
+    """A cube, now, at a version, or as it was at a time."""
+    if version is not None and as_of is not None:
+        raise BadRequest("give version or as_of, not both", "version")
+    cube = await here.service.get(who, id, version=version, as_of=requests.utc(as_of, "as_of"))
+    return JSONResponse(views.cube(cube, await here.service.residency(who, id)))
+
+
+memories.get("/memories/{id}", response_model=models.CubeOut, summary="Get a memory")(_get)
+cubes.get("/{id}", response_model=models.CubeOut, summary="Get a cube")(_get)
+
+
+@memories.put("/memories/{id}", response_model=models.CubeOut, summary="Change a memory")
+async def update(id: Key, body: models.UpdateBody, who: Writer, here: Here) -> JSONResponse:
+    """A new version with what is given changed. With `expected_version`, only if nobody else changed
+    it meanwhile."""
+    limits = here.config.limits
+    given = body.model_fields_set - {"expected_version"}
+    if not given:
+        raise BadRequest("give at least one of text, metadata, tags, expires_at")
+    for name in ("text", "metadata", "tags"):
+        if name in given and getattr(body, name) is None:
+            raise BadRequest("can't be null; leave it out to keep it", name)
+    if body.text is not None and len(body.text) > limits.text_chars:
+        raise LimitExceeded("characters of text", limits.text_chars, len(body.text))
+    if body.text is not None and not body.text.strip():
+        raise BadRequest("is empty", "text")
+    expires_at = requests.utc(body.expires_at, "expires_at")
+    if expires_at is not None and expires_at <= now():
+        raise BadRequest("is in the past; delete it instead", "expires_at")
+    change = Change(
+        text=body.text if body.text is not None else UNSET,
+        metadata=UNSET if body.metadata is None else requests.metadata(body.metadata, limits),
+        tags=UNSET if body.tags is None else tuple(dict.fromkeys(body.tags)),
+        expires_at=expires_at if "expires_at" in given else UNSET,
+    )
+    cube = await here.service.update(who, id, change, expected_version=body.expected_version)
+    return JSONResponse(views.cube(cube))
+
+
+@memories.delete("/memories/{id}", response_model=models.DeletedOut, summary="Forget a memory")
+async def delete(id: Key, who: Writer, here: Here) -> JSONResponse:
+    """Wipe a memory with all its versions. No later answer holds it."""
+    return JSONResponse({"id": await here.service.delete(who, id), "deleted": True})
+
+
+@memories.get("/memories/{id}/history", response_model=models.VersionsOut, summary="All versions")
+async def history(id: Key, who: Reader, here: Here) -> JSONResponse:
+    """Every version, oldest first."""
+    found = await here.service.history(who, id)
+    return JSONResponse({"versions": [views.version(v) for v in found]})
+
+
+cubes.get("/{id}/versions", response_model=models.VersionsOut, summary="All versions")(history)
+
+
+@cubes.post("", status_code=201, response_model=models.CubeOut, summary="Create a composite")
+async def create_cube(
+    body: models.CompositeBody, who: Writer, here: Here, key: RetryKey = None
+) -> JSONResponse:
+    """A cube that holds others in order: a profile, a conversation, a knowledge base."""
+    limits = here.config.limits
+    meta = requests.metadata(body.metadata, limits)
+    if body.title is not None:
+        meta["title"] = body.title
+    header = CubeHeader(
+        user_id=body.user_id,
+        agent_id=body.agent_id,
+        run_id=body.run_id,
+        kind=body.kind,
+        tags=tuple(dict.fromkeys(body.tags)),
+        metadata=meta,
+    )
+    if len(body.text) > limits.text_chars:
+        raise LimitExceeded("characters of text", limits.text_chars, len(body.text))
+    cube = await here.service.create_composite(
+        who,
+        body.members,
+        header,
+        text=body.text,
+        idempotency=requests.idempotency(key, "composite", body),
+    )
+    return JSONResponse(views.cube(cube), 201)
+
+
+@cubes.post("/compose", status_code=201, response_model=models.CubeOut, summary="Compose cubes")
+async def compose(
+    body: models.ComposeBody, who: Writer, here: Here, key: RetryKey = None
+) -> JSONResponse:
+    """A composite of cubes whose lineage names each of them at its present version."""
+    header = CubeHeader(
+        user_id=body.user_id,
+        agent_id=body.agent_id,
+        run_id=body.run_id,
+        metadata={} if body.title is None else {"title": body.title},
+    )
+    cube = await here.service.create_composite(
+        who,
+        body.ids,
+        header,
+        text="",
+        relation=Relation.COMPOSED,
+        idempotency=requests.idempotency(key, "compose", body),
+    )
+    return JSONResponse(views.cube(cube), 201)
+
+
+@cubes.post("/fuse", status_code=201, response_model=models.CubeOut, summary="Fuse cubes into one")
+async def fuse(
+    body: models.FuseBody, who: Writer, here: Here, key: RetryKey = None
+) -> JSONResponse:
+    """One memory of several, with all of them as parents; they become `merged` and leave search."""
+    cube = await here.service.fuse(
+        who, body.ids, text=body.text, idempotency=requests.idempotency(key, "fuse", body)
+    )
+    return JSONResponse(views.cube(cube), 201)
+
+
+@cubes.get("/{id}/members", response_model=models.PageOut, summary="Members of a composite")
+async def get_members(
+    id: Key,
+    who: Reader,
+    here: Here,
+    limit: Annotated[int, Query(ge=1)] = 50,
+    cursor: Annotated[str | None, Query(max_length=256)] = None,
+) -> JSONResponse:
+    """In their order."""
+    if limit > here.config.limits.page:
+        raise LimitExceeded("limit", here.config.limits.page, limit)
+    page = await here.service.members(who, id, limit=limit, cursor=cursor)
+    return JSONResponse(views.page(page))
+
+
+@cubes.put("/{id}/members", response_model=models.CubeOut, summary="Replace the members")
+async def set_members(id: Key, body: models.MembersBody, who: Writer, here: Here) -> JSONResponse:
+    """As a new version of the composite."""
+    return JSONResponse(views.cube(await here.service.set_members(who, id, body.members)))
+
+
+@cubes.post("/{id}/rollback", response_model=models.CubeOut, summary="Go back to a version")
+async def rollback(id: Key, body: models.RollbackBody, who: Writer, here: Here) -> JSONResponse:
+    """A new version with the content of an old one."""
+    return JSONResponse(views.cube(await here.service.rollback(who, id, body.version)))
+
+
+@cubes.post("/{id}/freeze", response_model=models.CubeOut, summary="Freeze")
+async def freeze(id: Key, who: Writer, here: Here) -> JSONResponse:
+    """Nobody changes or deletes it until it is unfrozen."""
+    return JSONResponse(views.cube(await here.service.set_frozen(who, id, True)))
+
+
+@cubes.post("/{id}/unfreeze", response_model=models.CubeOut, summary="Unfreeze")
+async def unfreeze(id: Key, who: Writer, here: Here) -> JSONResponse:
+    """It may be changed again."""
+    return JSONResponse(views.cube(await here.service.set_frozen(who, id, False)))
+
+
+@cubes.post("/{id}/archive", response_model=models.CubeOut, summary="Archive")
+async def archive(id: Key, who: Writer, here: Here) -> JSONResponse:
+    """Out of search, still readable by id."""
+    return JSONResponse(views.cube(await here.service.archive(who, id)))
+
+
+@cubes.post("/{id}/restore", response_model=models.CubeOut, summary="Restore")
+async def restore(id: Key, who: Writer, here: Here) -> JSONResponse:
+    """Back into search, as a new version."""
+    return JSONResponse(views.cube(await here.service.restore(who, id)))
+
+
+@cubes.get("/{id}/lineage", response_model=models.LineageOut, summary="Lineage")
+async def lineage(id: Key, who: Reader, here: Here) -> JSONResponse:
+    """What it came from, at which versions, and what came from it."""
+    return JSONResponse(views.lineage(await here.service.lineage(who, id)))
+
+
+@keys.post("", status_code=201, response_model=models.KeyOut, summary="Create an API key")
+async def create_key(body: models.KeyBody, who: Admin, here: Here) -> JSONResponse:
+    """The secret is told this once. An operator may name another tenant; a new one is created."""
+    role = Role(body.role)
+    if not who.role.allows(role):
+        raise Forbidden(who.role, role)
+    tenant = who.tenant
+    if body.tenant is not None and body.tenant != who.tenant:
+        if who.role is not Role.OPERATOR:
+            raise Forbidden(who.role, Role.OPERATOR)
+        made = await here.service.ensure_tenant(body.tenant, shards=here.config.plaintext.shards)
+        tenant = TenantId(made.id)
+    info, secret = await here.service.create_key(
+        tenant, body.name, role, requests.utc(body.expires_at, "expires_at")
+    )
+    return JSONResponse(views.key(info, secret), 201)
+
+
+@keys.get("", response_model=models.KeysOut, summary="List the tenant's API keys")
+async def list_keys(who: Admin, here: Here) -> JSONResponse:
+    """Without their secrets."""
+    found = await here.service.keys(who)
+    return JSONResponse({"keys": [views.key(info) for info in found]})
+
+
+@keys.delete("/{id}", response_model=models.DeletedOut, summary="Revoke an API key")
+async def revoke_key(id: Key, who: Admin, here: Here) -> JSONResponse:
+    """The next request with it is refused."""
+    await here.service.revoke_key(who, id)
+    return JSONResponse({"id": id, "deleted": True})
+
+
+@system.get(
+    "/v1/status", summary="What the system holds and how its parts are", responses=_PROBLEMS
+)
+async def status(who: Reader, here: Here) -> JSONResponse:
+    """Counts are the tenant's own."""
+    stats = await here.service.stats(who)
+    return JSONResponse(
+        {
+            "version": __version__,
+            "tenant": who.tenant,
+            "role": who.role,
+            "cubes": stats.cubes_by_state,
+            "pending_index": stats.pending_index,
+            "pending_removal": stats.pending_removal,
+            **await here.status(),
+        }
+    )
+
+
+@system.get("/healthz", summary="Is this process alive?", response_class=PlainTextResponse)
+async def healthz() -> PlainTextResponse:
+    """Asks nobody else."""
+    return PlainTextResponse("ok\n")
+
+
+@system.get("/readyz", summary="Can requests be served?", response_class=PlainTextResponse)
+async def readyz(here: Here) -> PlainTextResponse:
+    """Asks the catalog, the embedder, every shard and the scheduler."""
+    try:
+        await here.status()
+    except MemCubeError as failed:
+        raise Unavailable(f"not ready: {failed}", 2.0) from None
+    return PlainTextResponse("ready\n")
+
+
+@system.get("/metrics", summary="Prometheus metrics", response_class=PlainTextResponse)
+async def metrics(request: Request, here: Here) -> PlainTextResponse:
+    """Of this gateway process and the parts it talks to; no tenant is named."""
+    measured: Metrics = request.app.state.metrics
+    stats = await here.service.total_stats()
+    measured.pending_index.set(stats.pending_index)
+    with contextlib.suppress(MemCubeError):
+        # A scrape goes on without the parts that don't answer; /readyz says so.
+        parts = await here.status()
+        measured.embedder_waiting.set(parts["embedder"]["waiting"])
+        measured.scheduler_rounds.set(parts["scheduler"]["rounds"])
+        measured.scheduler_epoch.set(parts["scheduler"]["epoch"] or 0)
+    return PlainTextResponse(measured.text(), media_type="text/plain; version=0.0.4; charset=utf-8")

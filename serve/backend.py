@@ -1,0 +1,124 @@
+"""What the routes stand on: the service, and what else the gateway shows of the system."""
+
+import asyncio
+import os
+from collections import defaultdict
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from memcube.catalog import Catalog
+from memcube.config import Config
+from memcube.ids import CubeId, TenantId
+from memcube.indexing import Indexer
+from memcube.reader import LlmReader, Reader
+from memcube.service import MemoryService
+
+Status = Callable[[], Awaitable[dict[str, Any]]]
+
+
+@dataclass(frozen=True, slots=True)
+class Backend:
+    """One open system, as one gateway process sees it."""
+
+    service: MemoryService
+    catalog: Catalog
+    config: Config
+    status: Status
+    """Asks every part; raises Unavailable when one does not answer."""
+
+    close: Callable[[], Awaitable[None]]
+
+
+def now() -> datetime:
+    return datetime.now(UTC)
+
+
+class UsageBuffer:
+    """Counts uses and hands them over once in a while, never in the way of a search."""
+
+    def __init__(
+        self, send: Callable[[dict[TenantId, dict[CubeId, int]]], None], *, every_s: float
+    ) -> None:
+        self._send = send
+        self._every_s = every_s
+        self._counts: dict[TenantId, dict[CubeId, int]] = defaultdict(dict)
+        self._flusher: asyncio.Task[None] | None = None
+
+    def add(self, tenant: TenantId, ids: Sequence[CubeId]) -> None:
+        counts = self._counts[tenant]
+        for id in ids:
+            counts[id] = counts.get(id, 0) + 1
+        if self._flusher is None or self._flusher.done():
+            self._flusher = asyncio.create_task(self._flush_later())
+
+    async def _flush_later(self) -> None:
+        await asyncio.sleep(self._every_s)
+        self.flush()
+
+    def flush(self) -> None:
+        counts, self._counts = self._counts, defaultdict(dict)
+        if counts:
+            self._send(dict(counts))
+
+
+async def open_backend(config: Config) -> Backend:
+    """Connect to the actors (made if they are missing) and to the catalog."""
+    import httpx
+
+    from actors.embedder import RemoteEmbedder
+    from actors.qdrant import RemoteShard
+    from actors.system import ensure_system
+
+    system = ensure_system(config)
+    embedder = await RemoteEmbedder.connect(system.embedder)
+    remote = [RemoteShard(handle, number) for number, handle in enumerate(system.shards)]
+    shards = remote.__getitem__
+    catalog = await asyncio.to_thread(Catalog.open, config.catalog_url())
+    http = httpx.AsyncClient()
+    llm = None
+    if config.reader.llm is not None:
+        key = os.environ.get(config.reader.llm.api_key_env)
+        llm = LlmReader(config.reader.llm, api_key=key, http=http)
+    uses = UsageBuffer(
+        lambda counts: _fire(system.scheduler.record_uses.remote(counts)),
+        every_s=config.scheduler.usage_flush_s,
+    )
+    service = MemoryService(
+        catalog,
+        Reader(config.reader, llm),
+        Indexer(catalog, embedder, shards, clock=now),
+        shards,
+        clock=now,
+        limits=config.limits,
+        used=uses.add,
+    )
+
+    async def status() -> dict[str, Any]:
+        from actors.calls import answer
+
+        await asyncio.to_thread(catalog.ping)
+        infos = await asyncio.gather(*(shard.info() for shard in remote))
+        scheduler = answer(system.scheduler.status.remote(), of="the scheduler", deadline_s=10.0)
+        load, scheduling = await asyncio.gather(embedder.load(), scheduler)
+        return {
+            "shards": [
+                {"shard": i.shard, "epoch": i.epoch, "index": i.index, "location": i.location}
+                for i in infos
+            ],
+            "embedder": {"identity": embedder.identity, "dim": embedder.dim, **load},
+            "scheduler": scheduling,
+        }
+
+    async def close() -> None:
+        uses.flush()
+        await http.aclose()
+        await asyncio.to_thread(catalog.close)
+
+    return Backend(service, catalog, config, status, close)
+
+
+def _fire(ref: object) -> None:
+    """Let a call go without waiting: uses that are lost with an actor cost a count, nothing more."""
+    del ref
