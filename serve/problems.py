@@ -27,7 +27,7 @@ def problem(
 ) -> JSONResponse:
     """One error answer."""
     body = {
-        "type": f"https://memos-on-ray.dev/errors/{code}",
+        "type": f"urn:memcube:{code}",
         "title": code.replace("_", " "),
         "status": status,
         "code": code,

@@ -30,6 +30,9 @@ def open_embedder(config: EmbedderConfig, cache_dir: Path) -> BatchingEmbedder:
 
 
 def _has_gpu() -> bool:
+    # Importing torch takes a second and 200 MB; without the driver's device there is nothing to ask.
+    if not Path("/dev/nvidiactl").exists():
+        return False
     import torch
 
     return torch.cuda.is_available()

@@ -1,0 +1,1 @@
+"""Brings a whole system up on one machine, or on a Ray cluster that is there."""

@@ -1,0 +1,259 @@
+"""Starts the whole system and stays until it is told to stop: ``python -m cluster.up --help``.
+
+What it makes in the data folder: ``catalog.db`` (the truth), ``plaintext/`` (the index, which can be
+rebuilt), ``models/``, ``config.yaml`` (as resolved), ``ray.token``, and ``serve.json`` with the URL
+and the API key, readable by its owner alone, for the command line and the client.
+"""
+
+import argparse
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from cluster import environment
+from memcube.catalog import Catalog, Role
+from memcube.config import Config, load_config
+from memcube.errors import Conflict, MemCubeError, NotFound, Unauthenticated
+
+TENANT = "default"
+READY_S = 180.0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a system; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="memcube serve", description=__doc__.splitlines()[0])
+    parser.add_argument("--config", type=Path, help="a YAML file; see configs/")
+    parser.add_argument("--data", type=Path, help="the data folder (default: .memcube)")
+    parser.add_argument("--port", type=int, help="the HTTP port; 0 picks a free one")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="KEY=VALUE", help="such as http.host=0.0.0.0"
+    )
+    given = parser.parse_args(arguments)
+    overrides = list(given.overrides)
+    if given.data or os.environ.get("MEMCUBE_HOME"):
+        overrides.append(f"data_dir={json.dumps(str(given.data or os.environ['MEMCUBE_HOME']))}")
+    if given.port is not None:
+        overrides.append(f"http.port={given.port}")
+    try:
+        config = load_config(given.config, overrides)
+        config = config.model_copy(update={"data_dir": config.data_dir.absolute()})
+        with _only_one(config.data_dir):
+            _run(config)
+    except MemCubeError as refused:
+        print(f"memcube serve: {refused}", file=sys.stderr)
+        return 1
+    return 0
+
+
+@contextlib.contextmanager
+def _only_one(data_dir: Path) -> Iterator[None]:
+    data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with open(data_dir / "serve.lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Conflict(f"another system serves {data_dir}; stop it, or give --data") from None
+        yield
+
+
+def _run(config: Config) -> None:
+    started = time.monotonic()
+
+    def say(text: str) -> None:
+        print(f"[{time.monotonic() - started:5.1f} s] {text}", flush=True)
+
+    stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
+    http = config.http.model_copy(
+        update={"port": environment.claim_port(config.http.host, config.http.port)}
+    )
+    config = config.model_copy(update={"http": http})
+    say(f"data in {config.data_dir}")
+    key = _bootstrap(config)
+    (config.data_dir / "config.yaml").write_text(config.dump())
+    url = f"http://{'127.0.0.1' if http.host == '0.0.0.0' else http.host}:{http.port}"
+    with _ray(config):
+        say("Ray is up")
+        with _serving(config):
+            if _until_ready(url, stop):
+                _write_state(config, url=url, api_key=key)
+                say("ready")
+                print(
+                    f"\n  URL      {url}\n  API key  {key}\n  data     {config.data_dir}\n"
+                    f"  docs     {url}/docs\n\nCtrl-C stops it.",
+                    flush=True,
+                )
+                stop.wait()
+            # From here a second Ctrl-C ends the process at once.
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, signal.SIG_DFL)
+            print("\nstopping …", flush=True)
+            (config.data_dir / "serve.json").unlink(missing_ok=True)
+    say("stopped")
+
+
+def _bootstrap(config: Config) -> str:
+    """The default tenant, and an operator's key to it: that of the last run while it holds."""
+    catalog = Catalog.open(config.catalog_url())
+    now = datetime.now(UTC)
+    path = config.data_dir / "operator.key"
+    try:
+        tenant = catalog.access.ensure_tenant(TENANT, shards=config.plaintext.shards, now=now)
+        _check_shards(catalog, config)
+        with contextlib.suppress(OSError, Unauthenticated):
+            held = path.read_text().strip()
+            catalog.access.authenticate(held, now=now)
+            return held
+        _, secret = catalog.access.create_key(
+            tenant=tenant.id, name="bootstrap", role=Role.OPERATOR, expires_at=None, now=now
+        )
+        _write_private(path, secret + "\n")
+        return secret
+    except NotFound as gone:
+        raise Conflict(f"the catalog changed while it was read: {gone}") from None
+    finally:
+        catalog.close()
+
+
+def _check_shards(catalog: Catalog, config: Config) -> None:
+    needed = max(tenant.shard for tenant in catalog.access.tenants()) + 1
+    if needed > config.plaintext.shards:
+        raise Conflict(
+            f"tenants of this catalog lie on {needed} shards; plaintext.shards can't be "
+            f"{config.plaintext.shards}: fewer shards need a migration"
+        )
+
+
+@contextlib.contextmanager
+def _ray(config: Config) -> Iterator[None]:
+    import logging
+
+    if config.ray.address is None:
+        folder = environment.prepare(config.data_dir)
+        for old in folder.glob("session_*"):
+            if old.is_symlink():
+                old.unlink()
+            else:
+                shutil.rmtree(old, ignore_errors=True)
+        import ray
+
+        logging.getLogger("ray").setLevel(logging.WARNING)
+        ray.init(
+            namespace="memcube",
+            include_dashboard=config.ray.dashboard,
+            object_store_memory=config.ray.object_store_mb * 1024 * 1024,
+            _temp_dir=str(folder),
+            _node_ip_address="127.0.0.1",
+            log_to_driver=False,
+            logging_level=logging.WARNING,
+        )
+    else:
+        os.environ.setdefault("RAY_SERVE_ENABLE_HA_PROXY", "1")
+        import ray
+
+        ray.init(
+            address=config.ray.address,
+            namespace="memcube",
+            runtime_env={
+                "working_dir": str(environment.ROOT),
+                "excludes": [".venv", ".git", ".memcube"],
+            },
+            log_to_driver=False,
+        )
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+@contextlib.contextmanager
+def _serving(config: Config) -> Iterator[None]:
+    import logging
+
+    import ray
+    from ray import serve
+    from ray.serve.config import HTTPOptions
+
+    from actors.system import ensure_system
+    from serve.gateway import APP_NAME, gateway_app
+
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    system = ensure_system(config)
+    serve.start(http_options=HTTPOptions(host=config.http.host, port=config.http.port))
+    serve.run(gateway_app(config), name=APP_NAME, route_prefix="/", blocking=False)
+    try:
+        yield
+    finally:
+        serve.shutdown()
+        _close(ray, system)
+
+
+def _close(ray: Any, system: Any) -> None:
+    """Let the actors finish: the scheduler gives its lease back, the shards flush."""
+    calls = [system.scheduler.stop.remote(), *(shard.close.remote() for shard in system.shards)]
+    _, late = ray.wait(calls, num_returns=len(calls), timeout=20)
+    if late:
+        print("some parts did not stop in time; nothing is lost", file=sys.stderr)
+    for actor in (system.scheduler, *system.shards, system.embedder):
+        ray.kill(actor)
+
+
+def _until_ready(url: str, stop: threading.Event) -> bool:
+    """Whether the system answered before it was told to stop.
+
+    Raises:
+        Conflict: not ready after READY_S.
+    """
+    import httpx
+
+    until = time.monotonic() + READY_S
+    answer = "no answer"
+    while not stop.wait(0.1):
+        try:
+            response = httpx.get(f"{url}/readyz", timeout=10)
+            if response.status_code == 200:
+                return True
+            answer = response.text
+        except httpx.HTTPError as failed:
+            answer = repr(failed)
+        if time.monotonic() > until:
+            raise Conflict(f"not ready after {READY_S:g} s: {answer[:500]}")
+    return False
+
+
+def _write_state(config: Config, *, url: str, api_key: str) -> None:
+    state = {
+        "url": url,
+        "api_key": api_key,
+        "pid": os.getpid(),
+        "data_dir": str(config.data_dir),
+        "started_at": datetime.now(UTC).isoformat(),
+    }
+    _write_private(config.data_dir / "serve.json", json.dumps(state, indent=1) + "\n")
+
+
+def _write_private(path: Path, text: str) -> None:
+    """Replace a file that only its owner may read."""
+    temporary = path.with_name(path.name + ".new")
+    temporary.unlink(missing_ok=True)
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with open(descriptor, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
