@@ -173,9 +173,13 @@ def write(path: Path, weights: RankerWeights, trained_on: list[str]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("file", type=Path, help="conversations in LoCoMo's form")
-    parser.add_argument("--out", type=Path, help="write weights learned from all conversations here")
+    parser.add_argument(
+        "--out", type=Path, help="write weights learned from all conversations here"
+    )
     parser.add_argument("--leave-one-out", type=Path, help="write one file a conversation here")
     parser.add_argument("--cache", type=Path, default=Path(".memcube/models"), help="ONNX graphs")
     given = parser.parse_args()
@@ -197,7 +201,9 @@ def main() -> None:
         rows = [(e.category, measures(rank(e, weights), e.evidence)) for e in examples]
         print(left_out, summarise(rows)["overall"])
         held_out += rows
-    inside = np.mean([len(set(e.turns) & set(e.evidence)) / len(e.evidence) for p in pools.values() for e in p])
+    inside = np.mean(
+        [len(set(e.turns) & set(e.evidence)) / len(e.evidence) for p in pools.values() for e in p]
+    )
     print(f"evidence inside the pools: {100 * inside:.1f}%")
     for system, rows in (*plain.items(), ("memcube, left out", held_out)):
         print(system, json.dumps(summarise(rows), indent=None))

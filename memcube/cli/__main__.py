@@ -1,0 +1,3 @@
+from memcube.cli import main
+
+main()
