@@ -1,11 +1,11 @@
 """The cubes themselves: add, read, change, fuse, forget. Each write is one transaction."""
 
 import base64
-import binascii
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Literal
+from uuid import UUID
 
 import sqlalchemy as sa
 
@@ -173,6 +173,8 @@ class Cubes:
     ) -> MemCube:
         """Store ``draft`` as the fusion of cubes, which become ``merged``.
 
+        It is a cube of its own even where one with the same text is there: its lineage differs.
+
         Raises:
             NotFound, Frozen, IllegalMove: of any of the parents. Nothing is changed.
         """
@@ -182,9 +184,11 @@ class Cubes:
                 before = _replay(connection, tenant, idempotency)
                 if before is not None:
                     return before.results[0].cube
-            for id in ids:
-                self._move(connection, self._live(connection, tenant, id, now), Event.MERGE, now)
-            results = self._store(connection, tenant, [draft], author=author, now=now)
+            # In the order of their ids, so that two fusions don't wait for each other.
+            for id in sorted(set(ids)):
+                parent = self._live(connection, tenant, id, now, lock=True)
+                self._move(connection, parent, Event.MERGE, now)
+            results = self._store(connection, tenant, [draft], author=author, now=now, repeats=False)
             if idempotency is not None:
                 _remember(connection, tenant, idempotency, results, (1,), now)
             return results[0].cube
@@ -199,6 +203,7 @@ class Cubes:
         *,
         author: str,
         now: datetime,
+        repeats: bool = True,
     ) -> tuple[AddResult, ...]:
         hashes = [
             content_hash(
@@ -213,8 +218,11 @@ class Cubes:
             for draft in drafts
         ]
         known = self._repeated(connection, tenant, [h for h in hashes if h is not None], now)
-        wanted_members = {member for draft in drafts for member in draft.members}
-        self._require(connection, tenant, wanted_members, now)
+        if not repeats:
+            hashes = [None if hash in known else hash for hash in hashes]
+        named = {member for draft in drafts for member in draft.members}
+        named.update(parent.id for draft in drafts for parent in draft.parents)
+        self._require(connection, tenant, named, now, lock=True)
         heads = _thread_heads(
             connection, {draft.scope(tenant).thread for draft in drafts if draft.threaded}
         )
@@ -286,7 +294,8 @@ class Cubes:
                 _cubes.c.tenant == tenant,
                 _cubes.c.content_hash.in_(hashes[start : start + _CHUNK]),
             )
-            for row in connection.execute(query.with_for_update()).mappings():
+            query = query.order_by(_cubes.c.id).with_for_update()
+            for row in connection.execute(query).mappings():
                 if row["expires_at"] is not None and row["expires_at"] <= micros(now):
                     over.append(row["id"])
                 else:
@@ -298,18 +307,39 @@ class Cubes:
         return found
 
     def _require(
-        self, connection: sa.Connection, tenant: TenantId, ids: Iterable[CubeId], now: datetime
+        self,
+        connection: sa.Connection,
+        tenant: TenantId,
+        ids: Iterable[CubeId],
+        now: datetime,
+        *,
+        lock: bool = False,
     ) -> None:
-        wanted = list(ids)
-        there: set[str] = set()
-        for start in range(0, len(wanted), _CHUNK):
-            query = sa.select(_cubes.c.id).where(
-                *_alive(tenant, now), _cubes.c.id.in_(wanted[start : start + _CHUNK])
-            )
-            there.update(connection.execute(query).scalars())
+        wanted = sorted(set(ids))
+        there = self._present(connection, tenant, wanted, now, lock=lock)
         for id in wanted:
             if id not in there:
                 raise NotFound("cube", id)
+
+    @staticmethod
+    def _present(
+        connection: sa.Connection,
+        tenant: TenantId,
+        ids: Sequence[CubeId],
+        now: datetime,
+        *,
+        lock: bool,
+    ) -> set[CubeId]:
+        """Those of ``ids`` that are there; with ``lock`` they can't be deleted before the commit."""
+        there: set[CubeId] = set()
+        for start in range(0, len(ids), _CHUNK):
+            query = sa.select(_cubes.c.id).where(
+                *_alive(tenant, now), _cubes.c.id.in_(ids[start : start + _CHUNK])
+            )
+            if lock:
+                query = query.order_by(_cubes.c.id).with_for_update(read=True)
+            there.update(connection.execute(query).scalars())
+        return there
 
     # -- read ----------------------------------------------------------------------------------
 
@@ -413,7 +443,7 @@ class Cubes:
             )
             query = query.where(_cubes.c.id.in_(tagged))
         if cursor is not None:
-            query = query.where(_cubes.c.id < _cursor_value(cursor))
+            query = query.where(_cubes.c.id < _cursor_id(cursor))
         query = query.order_by(_cubes.c.id.desc()).limit(limit + 1)
         with self._database.reading() as connection:
             rows = connection.execute(query).mappings().all()
@@ -432,12 +462,7 @@ class Cubes:
     ) -> Page:
         """A page of a composite's members, in their order."""
         link = schema.members
-        after = -1
-        if cursor is not None:
-            try:
-                after = int(_cursor_value(cursor))
-            except ValueError:
-                raise BadRequest("not a cursor of this list", "cursor") from None
+        after = -1 if cursor is None else _cursor_position(cursor)
         query = (
             sa.select(_cubes, link.c.position)
             .join(link, link.c.member == _cubes.c.id)
@@ -463,19 +488,13 @@ class Cubes:
             NotFound: one of ``ids`` is not there.
             LimitExceeded: more than ``limit`` cubes.
         """
-        link = schema.members
         with self._database.reading() as connection:
             self._require(connection, tenant, ids, now)
             seen = dict.fromkeys(ids)
             frontier = list(ids)
             while frontier:
-                below: list[CubeId] = []
-                for start in range(0, len(frontier), _CHUNK):
-                    query = sa.select(link.c.member).where(
-                        link.c.composite.in_(frontier[start : start + _CHUNK])
-                    )
-                    below.extend(CubeId(id) for id in connection.execute(query).scalars())
-                frontier = [id for id in dict.fromkeys(below) if id not in seen]
+                below = dict.fromkeys(_members_of(connection, frontier))
+                frontier = [id for id in below if id not in seen]
                 seen.update(dict.fromkeys(frontier))
                 if len(seen) > limit:
                     raise LimitExceeded("cubes of the composites", limit)
@@ -536,7 +555,7 @@ class Cubes:
     def rollback(
         self, tenant: TenantId, id: CubeId, version: int, *, author: str, now: datetime
     ) -> MemCube:
-        """A new version with the content of an old one.
+        """A new version with the content of an old one; members that are gone by now are left out.
 
         Raises:
             NotFound: no such cube or version. Frozen, IllegalMove.
@@ -555,11 +574,14 @@ class Cubes:
             )
             if past is None:
                 raise NotFound("version of cube", f"{id}@{version}")
+            held = self._present(connection, tenant, sorted(set(past["members"])), now, lock=True)
             change = Change(
                 text=past["text"],
                 metadata=past["metadata"],
                 tags=tuple(past["tags"]),
-                members=tuple(past["members"]) if row["shape"] == Shape.COMPOSITE else UNSET,
+                members=tuple(m for m in past["members"] if m in held)
+                if row["shape"] == Shape.COMPOSITE
+                else UNSET,
             )
             reason = f"rollback to {version}"
             return self._apply(connection, row, change, author=author, reason=reason, now=now)
@@ -618,16 +640,14 @@ class Cubes:
         ids: Sequence[CubeId],
         now: datetime,
     ) -> None:
-        self._require(connection, row["tenant"], set(ids), now)
-        link = schema.members
+        self._require(connection, row["tenant"], ids, now, lock=True)
         frontier = set(ids)
         for _ in range(MAX_NESTING):
             if row["id"] in frontier:
                 raise BadRequest("a composite can't hold itself, at any depth", "members")
             if not frontier:
                 return
-            query = sa.select(link.c.member).where(link.c.composite.in_(frontier))
-            frontier = set(connection.execute(query).scalars())
+            frontier = set(_members_of(connection, list(frontier)))
         raise LimitExceeded("depth of composites", MAX_NESTING)
 
     def transition(
@@ -637,8 +657,10 @@ class Cubes:
         the index refuses late writes of the version that was removed.
 
         Raises:
-            NotFound, Frozen, IllegalMove.
+            NotFound, Frozen, IllegalMove. BadRequest: an event that has a method of its own.
         """
+        if event not in (Event.ARCHIVE, Event.MERGE, Event.RESTORE):
+            raise BadRequest(f"{str(event)!r} is no transition; archive, merge or restore", "event")
 
         def work(connection: sa.Connection) -> MemCube:
             row = self._live(connection, tenant, id, now, lock=True)
@@ -755,6 +777,7 @@ class Cubes:
             query = sa.select(_cubes.c.id, _cubes.c.version, _cubes.c.frozen).where(
                 *_alive(tenant, now), *wanted
             )
+            query = query.order_by(_cubes.c.id).with_for_update()
             rows = [dict(row) for row in connection.execute(query).mappings()]
             for row in rows:
                 if row["frozen"]:
@@ -772,6 +795,7 @@ class Cubes:
                 sa.select(_cubes.c.id, _cubes.c.version)
                 .where(_cubes.c.expires_at <= micros(now), _cubes.c.state.in_(_READABLE))
                 .limit(limit)
+                .with_for_update()  # a repeat may be giving one of them more time
             )
             rows = [dict(row) for row in connection.execute(query).mappings()]
             _wipe(connection, rows, State.EXPIRED, now)
@@ -811,7 +835,9 @@ class Cubes:
                     _cubes.c.last_used_at,
                     _cubes.c.rate,
                 ).where(_cubes.c.tenant == tenant, _cubes.c.id.in_(ids[start : start + _CHUNK]))
-                rows.extend(connection.execute(query.where(_cubes.c.searchable)))
+                # Locked: a cube that is deleted meanwhile must not come back as activated.
+                query = query.where(_cubes.c.searchable).order_by(_cubes.c.id).with_for_update()
+                rows.extend(connection.execute(query))
             if not rows:
                 return {}
             connection.execute(
@@ -934,6 +960,18 @@ def _write_links(connection: sa.Connection, rows: Sequence[Mapping[str, Any]]) -
             connection.execute(sa.insert(table), values)
 
 
+def _members_of(connection: sa.Connection, composites: Sequence[str]) -> list[CubeId]:
+    """The direct members of composites, in order, as often as they are held."""
+    link = schema.members
+    found: list[CubeId] = []
+    for start in range(0, len(composites), _CHUNK):
+        part = composites[start : start + _CHUNK]
+        query = sa.select(link.c.member).where(link.c.composite.in_(part))
+        query = query.order_by(link.c.composite, link.c.position)
+        found.extend(CubeId(id) for id in connection.execute(query).scalars())
+    return found
+
+
 def _delete_links(connection: sa.Connection, id: str) -> None:
     connection.execute(sa.delete(schema.cube_tags).where(schema.cube_tags.c.cube == id))
     connection.execute(sa.delete(schema.members).where(schema.members.c.composite == id))
@@ -950,11 +988,12 @@ def _wipe(
     link = schema.members
     for start in range(0, len(rows), _CHUNK):
         ids = [row["id"] for row in rows[start : start + _CHUNK]]
-        holders = sa.select(link.c.composite).where(link.c.member.in_(ids)).distinct()
-        for composite in connection.execute(holders).scalars().all():
-            query = sa.select(_cubes.c.members).where(_cubes.c.id == composite)
-            held = connection.execute(query).scalar_one()
-            left = [id for id in held if id not in ids]
+        going = set(ids)
+        holders = sa.select(link.c.composite).where(link.c.member.in_(ids))
+        query = sa.select(_cubes.c.id, _cubes.c.members).where(_cubes.c.id.in_(holders))
+        query = query.order_by(_cubes.c.id).with_for_update()
+        for composite, held in connection.execute(query).all():
+            left = [id for id in held if id not in going]
             connection.execute(
                 sa.update(_cubes).where(_cubes.c.id == composite).values(members=left)
             )
@@ -1072,8 +1111,22 @@ def _cursor(value: str) -> str:
 
 
 def _cursor_value(cursor: str) -> str:
+    padded = cursor + "=" * (-len(cursor) % 4)
+    return base64.b64decode(padded, altchars=b"-_", validate=True).decode()
+
+
+def _cursor_id(cursor: str) -> str:
     try:
-        padded = cursor + "=" * (-len(cursor) % 4)
-        return base64.b64decode(padded, altchars=b"-_", validate=True).decode()
-    except (binascii.Error, UnicodeDecodeError):
+        return str(UUID(_cursor_value(cursor)))
+    except ValueError:
+        raise BadRequest("not a cursor of this list", "cursor") from None
+
+
+def _cursor_position(cursor: str) -> int:
+    try:
+        value = _cursor_value(cursor)
+        if len(value) > 9:
+            raise ValueError
+        return int(value)
+    except ValueError:
         raise BadRequest("not a cursor of this list", "cursor") from None

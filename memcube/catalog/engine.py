@@ -6,13 +6,14 @@ fails half way because another one wrote meanwhile.
 """
 
 import contextlib
+import json
 import random
 import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import sqlalchemy as sa
 from alembic import command
@@ -20,16 +21,26 @@ from alembic.config import Config as AlembicConfig
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import event
-from sqlalchemy.exc import DBAPIError, IntegrityError, OperationalError
+from sqlalchemy.exc import DBAPIError, IntegrityError, OperationalError, StatementError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
-from memcube.errors import BadRequest, Conflict, MemCubeError, StorageFull, Unavailable
+from memcube.errors import (
+    BadRequest,
+    Conflict,
+    Corrupt,
+    LimitExceeded,
+    MemCubeError,
+    StorageFull,
+    Unavailable,
+)
 
 T = TypeVar("T")
 
 BUSY_TIMEOUT_S = 10.0
 MAX_ATTEMPTS = 8
 MIGRATION_LOCK = 0x6D656D63
+MAX_KEY_BYTES = 2_700
+"""What fits a PostgreSQL index entry (a third of a page); tags and scope ids are indexed."""
 _RETRY_STATES = frozenset({"40001", "40P01", "55P03", "23505"})
 """PostgreSQL: serialization failure, deadlock, lock not available, and a unique race that a second
 look resolves (a content hash, a thread's place or an idempotency key written meanwhile)."""
@@ -60,6 +71,7 @@ class Database:
                 pool_size=8,
                 max_overflow=16,
                 pool_timeout=BUSY_TIMEOUT_S,
+                json_serializer=_json,
             )
         if self.url.database in (None, "", ":memory:"):
             raise BadRequest("the catalog needs a file; it holds the truth", "catalog.url")
@@ -68,6 +80,8 @@ class Database:
             self.url,
             pool_size=8,
             max_overflow=16,
+            pool_timeout=BUSY_TIMEOUT_S,
+            json_serializer=_json,
             connect_args={"timeout": BUSY_TIMEOUT_S},
         )
 
@@ -90,6 +104,14 @@ class Database:
             writing = connection.get_execution_options().get("memcube_write", False)
             connection.exec_driver_sql("BEGIN IMMEDIATE" if writing else "BEGIN")
 
+        @event.listens_for(engine, "before_cursor_execute")
+        def _refuse_nul(_connection: object, _cursor: object, _sql: str, given: Any, *_: Any):
+            # SQLite would store it, PostgreSQL refuses it: a catalog must move between the two.
+            for row in given if isinstance(given, list) else (given,):
+                values = row.values() if isinstance(row, dict) else row
+                if any(isinstance(value, str) and "\0" in value for value in values):
+                    raise BadRequest("a text can't hold a NUL character")
+
         return engine
 
     def migrate(self) -> None:
@@ -99,30 +121,38 @@ class Database:
             Conflict: the database was written by a newer release.
         """
         config = AlembicConfig()
-        config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
+        folder = str(Path(__file__).parent / "migrations")
+        config.set_main_option("script_location", folder.replace("%", "%%"))
         script = ScriptDirectory.from_config(config)
-        with self._translated(), self._engine.connect() as connection:
-            # SQLite: the write lock itself. PostgreSQL: an advisory lock that ends with the session.
-            writing = connection.execution_options(memcube_write=True)
-            with writing.begin():
-                if not self.sqlite:
-                    writing.execute(sa.select(sa.func.pg_advisory_xact_lock(MIGRATION_LOCK)))
-                current = MigrationContext.configure(writing).get_current_revision()
-                known = {revision.revision for revision in script.walk_revisions()}
-                if current is not None and current not in known:
-                    raise Conflict(
-                        f"the catalog is at schema {current!r}, which this release does not know; "
-                        "run the newer release that wrote it"
-                    )
-                if current != script.get_current_head():
-                    config.attributes["connection"] = writing
-                    command.upgrade(config, "head")
+
+        def work(connection: sa.Connection) -> None:
+            # On SQLite the write lock is held already; this one ends with the transaction.
+            if not self.sqlite:
+                connection.execute(sa.select(sa.func.pg_advisory_xact_lock(MIGRATION_LOCK)))
+            current = MigrationContext.configure(connection).get_current_revision()
+            known = {revision.revision for revision in script.walk_revisions()}
+            if current is not None and current not in known:
+                raise Conflict(
+                    f"the catalog is at schema {current!r}, which this release does not know; "
+                    "run the newer release that wrote it"
+                )
+            if current != script.get_current_head():
+                config.attributes["connection"] = connection
+                command.upgrade(config, "head")
+
+        self.write(work)
 
     @contextlib.contextmanager
     def reading(self) -> Iterator[sa.Connection]:
-        """A connection for one consistent read."""
-        with self._translated(), self._engine.connect() as connection, connection.begin():
-            yield connection
+        """A connection for one consistent read, which sees one instant and takes no locks."""
+        try:
+            with self._translated(), self._engine.connect() as connection:
+                if not self.sqlite:
+                    connection.execution_options(isolation_level="REPEATABLE READ")
+                with connection.begin():
+                    yield connection
+        except _Contended as contended:
+            raise Unavailable(f"the catalog is busy: {contended.args[0]}") from None
 
     def write(self, work: Callable[[sa.Connection], T]) -> T:
         """Run ``work`` in one transaction and commit it durably.
@@ -165,8 +195,24 @@ class Database:
             raise
         except DBAPIError as failed:
             raise _translate(failed, self.url.database or "") from None
+        except StatementError as failed:
+            if isinstance(failed.orig, MemCubeError):  # of _json, before the statement was sent
+                raise failed.orig from None
+            raise
+        except UnicodeEncodeError:
+            raise BadRequest("a text holds half of a surrogate pair, which is no character") from None
+        except OverflowError:
+            raise BadRequest("a number is too large to be stored") from None
         except PoolTimeout:
             raise Unavailable("all connections to the catalog are in use") from None
+
+
+def _json(value: object) -> str:
+    """JSON as its standard has it, without NaN and the infinities."""
+    try:
+        return json.dumps(value, allow_nan=False, separators=(",", ":"))
+    except (TypeError, ValueError) as unfit:
+        raise BadRequest(f"metadata can't be stored as JSON: {unfit}") from None
 
 
 class _Contended(Exception):
@@ -184,8 +230,14 @@ def _translate(failed: DBAPIError, where: str) -> Exception:
         return _Contended(text.splitlines()[0])
     if state == "53100" or "database or disk is full" in text:
         return StorageFull(where)
-    if state == "22021" or "NUL" in text or "0x00" in text:
+    if "disk image is malformed" in text or "not a database" in text:
+        return Corrupt(where, f"not a readable catalog ({text.splitlines()[0]})")
+    if state == "22021" or "NUL (0x00)" in text:
         return BadRequest("a text can't hold a NUL character")
+    if state == "54000":
+        return LimitExceeded("bytes of a tag or scope id", MAX_KEY_BYTES)
+    if state is not None and state.startswith("22"):
+        return BadRequest(f"a value can't be stored: {text.splitlines()[0]}")
     if isinstance(failed, OperationalError) or failed.connection_invalidated:
         return Unavailable(f"the catalog did not answer ({text.splitlines()[0]})")
     return failed

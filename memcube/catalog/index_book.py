@@ -22,6 +22,8 @@ from memcube.ids import CubeId, TenantId
 STALE = -1
 TIER, MEDIUM = "plaintext", "disk"
 _cubes = schema.cubes
+_ZERO = sa.literal(0, literal_execute=True)
+"""Written out, since a partial index is chosen by the text of its condition."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,14 +72,13 @@ class IndexBook:
         ]
         resident = [
             {
-                "cube": id,
-                "tier": TIER,
-                "medium": MEDIUM,
-                "location": location,
-                "version": version,
-                "size_bytes": sizes[id],
-                "epoch": epoch,
-                "updated_at": micros(now),
+                "b_id": id,
+                "b_tenant": tenant,
+                "b_version": version,
+                "b_location": location,
+                "b_size": sizes[id],
+                "b_epoch": epoch,
+                "b_now": micros(now),
             }
             for id, version in versions.items()
         ]
@@ -89,8 +90,11 @@ class IndexBook:
         self._database.write(work)
 
     def _upsert_residency(self, connection: sa.Connection, rows: list[dict]) -> None:
+        """Only of cubes that are at this very version: a late word about a deleted one is dropped."""
         insert = sqlite.insert if self._database.sqlite else postgresql.insert
-        statement = insert(schema.residency)
+        statement = insert(schema.residency).from_select(
+            [column.name for column in schema.residency.columns], _RESIDENT
+        )
         connection.execute(
             statement.on_conflict_do_update(
                 index_elements=["cube", "tier", "medium", "location"],
@@ -155,7 +159,7 @@ class IndexBook:
             .join(schema.tenants, schema.tenants.c.id == _cubes.c.tenant)
             .where(
                 ~_cubes.c.searchable,
-                _cubes.c.indexed_version != 0,
+                _cubes.c.indexed_version != _ZERO,
                 schema.tenants.c.shard == shard,
             )
             .order_by(_cubes.c.changed_at)
@@ -210,7 +214,7 @@ class IndexBook:
             _cubes.c.text != "",
         )
         removal = sa.select(sa.func.count()).where(
-            mine, ~_cubes.c.searchable, _cubes.c.indexed_version != 0
+            mine, ~_cubes.c.searchable, _cubes.c.indexed_version != _ZERO
         )
         with self._database.reading() as connection:
             waiting, oldest = connection.execute(pending).one()
@@ -231,6 +235,21 @@ _MARK = (
         _cubes.c.searchable,
     )
     .values(indexed_version=sa.bindparam("b_version"), indexed_as=sa.bindparam("b_index"))
+)
+_RESIDENT = sa.select(
+    _cubes.c.id,
+    sa.literal(TIER),
+    sa.literal(MEDIUM),
+    sa.bindparam("b_location", type_=sa.Text),
+    _cubes.c.version,
+    sa.bindparam("b_size", type_=sa.BigInteger),
+    sa.bindparam("b_epoch", type_=sa.BigInteger),
+    sa.bindparam("b_now", type_=sa.BigInteger),
+).where(
+    _cubes.c.id == sa.bindparam("b_id"),
+    _cubes.c.tenant == sa.bindparam("b_tenant"),
+    _cubes.c.version == sa.bindparam("b_version"),
+    _cubes.c.searchable,
 )
 _UNMARK = (
     sa.update(_cubes)

@@ -93,6 +93,7 @@ cubes = sa.Table(
     sa.Index("uq_cubes_content", "tenant", "content_hash", unique=True),
     sa.Index("ix_cubes_scope", "tenant", "user_id", "agent_id", "run_id", "id"),
     sa.Index("ix_cubes_tenant_id", "tenant", "id"),
+    sa.Index("ix_cubes_tenant_state", "tenant", "state"),
     sa.Index("uq_cubes_thread", "thread", "seq", unique=True),
     sa.Index(
         "ix_cubes_expires",
@@ -100,16 +101,18 @@ cubes = sa.Table(
         sqlite_where=sa.text("expires_at IS NOT NULL"),
         postgresql_where=sa.text("expires_at IS NOT NULL"),
     ),
+    # SQLite takes a partial index only where the query has its very condition, and SQLAlchemy writes
+    # a boolean there as "= 1".
     sa.Index(
         "ix_cubes_pending",
         "changed_at",
-        sqlite_where=sa.text("searchable AND indexed_version <> version"),
+        sqlite_where=sa.text("searchable = 1 AND indexed_version <> version"),
         postgresql_where=sa.text("searchable AND indexed_version <> version"),
     ),
     sa.Index(
         "ix_cubes_removal",
         "changed_at",
-        sqlite_where=sa.text("NOT searchable AND indexed_version <> 0"),
+        sqlite_where=sa.text("searchable = 0 AND indexed_version <> 0"),
         postgresql_where=sa.text("NOT searchable AND indexed_version <> 0"),
     ),
 )

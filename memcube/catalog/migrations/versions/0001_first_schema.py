@@ -109,7 +109,7 @@ def upgrade() -> None:
         "cubes",
         ["changed_at"],
         unique=False,
-        sqlite_where=sa.text("searchable AND indexed_version <> version"),
+        sqlite_where=sa.text("searchable = 1 AND indexed_version <> version"),
         postgresql_where=sa.text("searchable AND indexed_version <> version"),
     )
     op.create_index(
@@ -117,13 +117,14 @@ def upgrade() -> None:
         "cubes",
         ["changed_at"],
         unique=False,
-        sqlite_where=sa.text("NOT searchable AND indexed_version <> 0"),
+        sqlite_where=sa.text("searchable = 0 AND indexed_version <> 0"),
         postgresql_where=sa.text("NOT searchable AND indexed_version <> 0"),
     )
     op.create_index(
         "ix_cubes_scope", "cubes", ["tenant", "user_id", "agent_id", "run_id", "id"], unique=False
     )
     op.create_index("ix_cubes_tenant_id", "cubes", ["tenant", "id"], unique=False)
+    op.create_index("ix_cubes_tenant_state", "cubes", ["tenant", "state"], unique=False)
     op.create_index("uq_cubes_content", "cubes", ["tenant", "content_hash"], unique=True)
     op.create_index("uq_cubes_thread", "cubes", ["thread", "seq"], unique=True)
     op.create_table(
