@@ -3,30 +3,37 @@
 from pathlib import Path
 
 from memcube.config import EmbedderConfig
-from memcube.embedding.batching import BatchingEmbedder, Encoder
+from memcube.embedding.batching import BatchingEmbedder, BatchSize, Encoder
 from memcube.embedding.model_files import find_model
 
 
 def open_embedder(config: EmbedderConfig, cache_dir: Path) -> BatchingEmbedder:
-    """The embedder of a configuration. The ONNX graph is exported into ``cache_dir`` once.
+    """The embedder of a configuration: its encoder with batching before it. See ``open_encoder``."""
+    encoder = open_encoder(config, cache_dir)
+    return BatchingEmbedder(encoder, max_waiting_texts=config.max_waiting_texts)
+
+
+def open_encoder(config: EmbedderConfig, cache_dir: Path) -> Encoder:
+    """The encoder of a configuration. The ONNX graph is exported into ``cache_dir`` once (some seconds).
+
+    Backend and precision are part of the identity: what was indexed on a GPU is indexed anew when
+    the system is started without one. ``auto`` with int8 is ONNX Runtime, which alone has it.
 
     Raises:
         UnknownBackend: no such model, or a precision that its backend hasn't.
+        BadRequest: the model's package is missing, or it is of a kind that isn't built.
     """
     model = find_model(config.model)
     backend = config.backend
     if backend == "auto":
-        backend = "torch" if _has_gpu() else "onnx"
-    encoder: Encoder
+        backend = "torch" if config.precision == "fp32" and _has_gpu() else "onnx"
     if backend == "torch":
         from memcube.embedding.torch import TorchEncoder
 
-        encoder = TorchEncoder.open(model, config)
-    else:
-        from memcube.embedding.onnx import OnnxEncoder
+        return TorchEncoder.open(model, config)
+    from memcube.embedding.onnx import OnnxEncoder
 
-        encoder = OnnxEncoder.open(model, config, cache_dir)
-    return BatchingEmbedder(encoder, max_waiting_texts=config.max_waiting_texts)
+    return OnnxEncoder.open(model, config, cache_dir)
 
 
 def _has_gpu() -> bool:
@@ -38,4 +45,4 @@ def _has_gpu() -> bool:
     return torch.cuda.is_available()
 
 
-__all__ = ["BatchingEmbedder", "Encoder", "open_embedder"]
+__all__ = ["BatchSize", "BatchingEmbedder", "Encoder", "open_embedder", "open_encoder"]
