@@ -1,13 +1,11 @@
 from datetime import UTC, datetime
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from memcube.cube import Kind
 from memcube.errors import BadRequest
 from memcube.reader.messages import Header, Message
-from memcube.reader.verbatim import read_verbatim, split
+from memcube.reader.verbatim import read_verbatim
 
 NOON = datetime(2026, 3, 1, 12, tzinfo=UTC)
 
@@ -65,14 +63,20 @@ def test_nothing_to_remember_is_refused_by_name(messages, text, field):
     assert refused.value.field == field
 
 
-@given(st.text(min_size=1, max_size=400), st.integers(min_value=1, max_value=60))
-def test_splitting_loses_no_character_but_white_space(text, max_chars):
-    parts = split(text, max_chars)
-    assert all(len(part) <= max_chars for part in parts)
-    assert "".join("".join(part.split()) for part in parts) == "".join(text.split())
+@pytest.mark.parametrize("bad", ["a\0b", "a\ud800b"])
+def test_what_is_no_text_is_refused_by_name(bad):
+    with pytest.raises(BadRequest) as refused:
+        read_verbatim([Message(role="user", content=bad)], None, Header(), max_chars=10)
+    assert refused.value.field == "messages[0].content"
 
 
-@given(st.lists(st.text("abc", min_size=1, max_size=9), min_size=1, max_size=40))
-def test_splitting_never_cuts_a_word_that_fits(words):
-    parts = split(" ".join(words), 10)
-    assert [word for part in parts for word in part.split()] == words
+def test_line_ends_are_normalised_and_all_else_is_kept():
+    (draft,) = read_verbatim(None, "a\r\n  b\rc\t d", Header(), max_chars=100)
+    assert draft.text == "a\n  b\nc\t d"
+
+
+def test_a_system_message_is_kept_like_any_other():
+    (draft,) = read_verbatim(
+        [Message(role="system", content="Be kind.")], None, Header(), max_chars=99
+    )
+    assert draft.role == "system"
