@@ -60,12 +60,26 @@ def load_locomo(path: Path) -> list[Conversation]:
         BadRequest: not readable, or of another form; says where.
     """
     try:
-        data = json.loads(path.read_text())
-        return [_conversation(sample) for sample in data]
+        data = json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as missing:
         raise BadRequest(f"can't be read: {missing.strerror}", str(path)) from None
-    except (ValueError, KeyError, TypeError, AttributeError) as wrong:
-        raise BadRequest(f"is not in LoCoMo's form: {wrong!r}", str(path)) from None
+    except (ValueError, RecursionError) as broken:
+        raise BadRequest(f"is no JSON: {broken}", str(path)) from None
+    if not isinstance(data, list):
+        raise BadRequest("is not in LoCoMo's form: expected a list of conversations", str(path))
+    conversations = []
+    for number, sample in enumerate(data, start=1):
+        try:
+            conversations.append(_conversation(sample))
+        except KeyError as lacking:
+            raise _bad(path, number, f"lacks {lacking}") from None
+        except (ValueError, TypeError, AttributeError) as wrong:
+            raise _bad(path, number, str(wrong)) from None
+    return conversations
+
+
+def _bad(path: Path, number: int, what: str) -> BadRequest:
+    return BadRequest(f"is not in LoCoMo's form: {what}", f"{path}: conversation {number}")
 
 
 def _conversation(sample: dict[str, Any]) -> Conversation:

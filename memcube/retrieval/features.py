@@ -1,118 +1,227 @@
 """The features of a pool of candidates. One row a candidate; every feature is about 0 to 1.
 
-A feature of something that is not there (no thread, no speaker) is 0 for the whole pool, and a
-feature that is equal for all candidates of a pool can't change their order.
+A feature of something that is not there (no thread, no speaker, no date) is 0 for the whole pool,
+and a feature that is equal for all candidates of a pool can't change their order.
 """
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from memcube.ids import CubeId
 from memcube.retrieval.query import Query
+from memcube.tiers import bm25
+from memcube.tiers.plaintext import StoredCube
 
 Matrix = npt.NDArray[np.float64]
 
+NAMES = (
+    "dense",
+    "bm25_squared",
+    "coverage",
+    "dense_next",
+    "bm25_prev",
+    "bm25_prev2",
+    "thread_dense",
+    "thread_bm25",
+    "speaker",
+    "is_question",
+    "after_question",
+    "proper_names",
+    "when_time",
+    "asked_month",
+    "asked_day",
+)
+"""What each means is in docs/retrieval.md."""
+
+SPREAD = 0.2
+"""The cosine's unit, about what lies between the best and the 16th of a conversation. Measured by the
+pool's own spread, a clear best among facts would count no more than a weak one."""
+
+LOWEST_DENSE = -1.5
 _TIME = re.compile(
     r"\b(yesterday|today|tonight|tomorrow|ago|last|next|week|weekend|month|year|day|morning|evening|"
     r"night|january|february|march|april|may|june|july|august|september|october|november|december|"
     r"monday|tuesday|wednesday|thursday|friday|saturday|sunday|since|recently|\d{4})\b",
     re.IGNORECASE,
 )
+_PROPER = re.compile(r"(?<=[a-z,] )[A-Z][a-z]+")
 
-NAMES = (
-    "dense",
-    "bm25",
-    "dense_x_bm25",
-    "dense_prev",
-    "dense_next",
-    "dense_prev2",
-    "dense_next2",
-    "bm25_prev",
-    "bm25_next",
-    "bm25_prev2",
-    "bm25_next2",
-    "thread_dense",
-    "thread_bm25",
-    "speaker_named",
-    "speaker_other",
-    "is_question",
-    "prev_is_question",
-    "log_length",
-    "when_time",
-)
+Place = tuple[str, int]
+"""Thread and number of a turn."""
+
+
+class Scores(NamedTuple):
+    """Both scores of one turn."""
+
+    cosine: float
+    bm25: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Candidate:
-    """One cube of the pool, with what the features need."""
+    """One cube of the pool. ``place`` is None for a cube that is in no thread."""
 
-    id: CubeId
+    cube: StoredCube
     cosine: float
     bm25: float
-    text: str
-    speaker: str | None
-    thread: str | None
-    neighbours: tuple[tuple[float, float] | None, ...]
-    """(cosine, BM25) of the turns before, after, two before and two after; None where there is none."""
-
-    prev_is_question: bool
+    place: Place | None
 
 
-def matrix(query: Query, pool: Sequence[Candidate]) -> Matrix:
-    """Features of shape (len(pool), len(NAMES))."""
-    n = len(pool)
-    x = np.zeros((n, len(NAMES)))
-    column = {name: i for i, name in enumerate(NAMES)}
-    cosine = np.array([c.cosine for c in pool])
-    bm25 = np.array([c.bm25 for c in pool])
-    low, high = (float(cosine.min()), float(cosine.max())) if n else (0.0, 1.0)
-    width = max(high - low, 1e-6)
-    top = max(float(bm25.max()) if n else 0.0, 1e-6)
-    dense, sparse = (cosine - low) / width, bm25 / top
-    x[:, column["dense"]] = dense
-    x[:, column["bm25"]] = sparse
-    x[:, column["dense_x_bm25"]] = dense * sparse
-    for place, suffix in enumerate(("prev", "next", "prev2", "next2")):
-        for row, candidate in enumerate(pool):
-            neighbour = candidate.neighbours[place]
-            if neighbour is not None:
-                x[row, column[f"dense_{suffix}"]] = max(0.0, (neighbour[0] - low) / width)
-                x[row, column[f"bm25_{suffix}"]] = neighbour[1] / top
-    _threads(x, column, pool, dense, sparse)
-    for row, candidate in enumerate(pool):
-        if query.named and candidate.speaker is not None:
-            place = "speaker_named" if candidate.speaker in query.named else "speaker_other"
-            x[row, column[place]] = 1.0
-        x[row, column["is_question"]] = candidate.text.rstrip().endswith("?")
-        x[row, column["prev_is_question"]] = candidate.prev_is_question
-        x[row, column["log_length"]] = np.log1p(len(candidate.text)) / 6.0
-        if query.asks_when and _TIME.search(candidate.text):
-            x[row, column["when_time"]] = 1.0
-    return x
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pool:
+    """The candidates of a query and all that is known of the turns around them."""
+
+    query: Query
+    candidates: Sequence[Candidate]
+    turns: Mapping[Place, Scores]
+    """Scores of the candidates' turns and of turns near them."""
+
+    best_cosine: float
+    low_cosine: float
+    """That of the last of the best few by cosine: the zero of ``dense``."""
+
+    best_bm25: float
 
 
-def _threads(
-    x: Matrix,
-    column: Mapping[str, int],
-    pool: Sequence[Candidate],
-    dense: Matrix,
-    sparse: Matrix,
-) -> None:
-    """How well a candidate's thread does: the mean of its three best turns, the candidate's own
-    left out, against the best thread's."""
-    rows: dict[str, list[int]] = {}
-    for row, candidate in enumerate(pool):
-        if candidate.thread is not None:
-            rows.setdefault(candidate.thread, []).append(row)
-    if len(rows) < 2:
-        return
-    for name, values in (("thread_dense", dense), ("thread_bm25", sparse)):
-        for members in rows.values():
-            ordered = sorted(members, key=lambda row: -values[row])[:4]
-            for row in members:
-                best = [values[other] for other in ordered if other != row][:3]
-                x[row, column[name]] = sum(best) / 3
+class TextFacts(NamedTuple):
+    """What the features need of a text, whatever the query."""
+
+    terms: frozenset[int]
+    is_question: bool
+    num_names: int
+    has_time: bool
+
+
+class TextReader:
+    """Reads texts and remembers what it read, by hash: no text outlives its cube here."""
+
+    MAX_HELD = 16_384
+
+    def __init__(self) -> None:
+        self._held: dict[int, TextFacts] = {}
+
+    def read(self, text: str) -> TextFacts:
+        """The facts of a text."""
+        key = hash(text)
+        facts = self._held.get(key)
+        if facts is None:
+            if len(self._held) >= self.MAX_HELD:
+                self._held.clear()
+            facts = self._held[key] = TextFacts(
+                terms=frozenset(bm25.terms(text)),
+                is_question=text.rstrip().endswith("?"),
+                num_names=len(set(_PROPER.findall(text))),
+                has_time=_TIME.search(text) is not None,
+            )
+        return facts
+
+
+def matrix(pool: Pool, reader: TextReader) -> Matrix:
+    """Features of shape (number of candidates, len(NAMES))."""
+    query, candidates, turns = pool.query, pool.candidates, pool.turns
+    facts = [reader.read(c.cube.text) for c in candidates]
+    at = {c.place: f for c, f in zip(candidates, facts, strict=True) if c.place is not None}
+    top = max(pool.best_bm25, 1e-6)
+    threads = _Threads(turns, pool.low_cosine)
+    weight = _term_weights(query, facts)
+    covered = [sum(weight[term] for term in own.terms & query.terms) for own in facts]
+    # A word or two that happen to be shared say little of a query that is otherwise unmatched.
+    trust = max(covered, default=0.0)
+    rows = []
+    for candidate, own in zip(candidates, facts, strict=True):
+        dense = max((candidate.cosine - pool.low_cosine) / SPREAD, LOWEST_DENSE)
+        dense_next = bm25_prev = bm25_prev2 = thread_dense = thread_bm25 = 0.0
+        found, before = own.terms & query.terms, None
+        threaded = candidate.place is not None
+        if candidate.place is not None:
+            thread, seq = candidate.place
+            if (turn := turns.get((thread, seq + 1))) is not None:
+                dense_next = max((turn.cosine - pool.low_cosine) / SPREAD, 0.0)
+            if (turn := turns.get((thread, seq - 1))) is not None:
+                bm25_prev = turn.bm25 / top
+            if (turn := turns.get((thread, seq - 2))) is not None:
+                bm25_prev2 = turn.bm25 / top
+            before = at.get((thread, seq - 1))
+            if before is not None:
+                found = found | (before.terms & query.terms)
+            thread_dense, thread_bm25 = threads.support(candidate)
+        payload = candidate.cube.payload
+        speaker = payload.get("speaker")
+        time = payload.get("event_time") or payload.get("created_at")
+        same_month, day_nearness = False, 0.0
+        if query.date is not None and time is not None:
+            same_month = query.date.same_month(time)
+            day_nearness = query.date.day_nearness(time)
+        rows.append(
+            (
+                dense,
+                trust * (candidate.bm25 / top) ** 2,
+                sum(weight[term] for term in found),
+                dense_next,
+                bm25_prev,
+                bm25_prev2,
+                thread_dense / SPREAD,
+                thread_bm25 / top,
+                0.0 if speaker is None or not query.named else 2.0 * (speaker in query.named) - 1.0,
+                threaded and own.is_question,
+                before is not None and before.is_question,
+                min(own.num_names, 3) / 3 if threaded else 0.0,
+                query.asks_when and own.has_time,
+                same_month,
+                day_nearness,
+            )
+        )
+    return np.array(rows, dtype=np.float64).reshape(len(rows), len(NAMES))
+
+
+def _term_weights(query: Query, facts: Sequence[TextFacts]) -> dict[int, float]:
+    """Each query term's share of the query: terms that are rare in the pool weigh most, and those
+    that it lacks too, so that a query which the pool hardly matches has little coverage."""
+    weights = {
+        term: math.log1p(len(facts) / (sum(term in own.terms for own in facts) + 0.5))
+        for term in query.terms
+    }
+    total = sum(weights.values())
+    return {term: weight / total for term, weight in weights.items()}
+
+
+class _Threads:
+    """How well a thread does: the mean of its three best turns, the candidate's own left out.
+
+    With a single thread there is nothing to compare, so all support is 0.
+    """
+
+    BEST = 3
+
+    def __init__(self, turns: Mapping[Place, Scores], low_cosine: float) -> None:
+        self._low = low_cosine
+        found: dict[str, tuple[list[float], list[float]]] = {}
+        for (thread, _), scores in turns.items():
+            dense, sparse = found.setdefault(thread, ([], []))
+            dense.append(max(scores.cosine - low_cosine, 0.0))
+            sparse.append(scores.bm25)
+        self._best: dict[str, tuple[list[float], list[float]]] = {}
+        if len(found) > 1:
+            for thread, (dense, sparse) in found.items():
+                self._best[thread] = (
+                    sorted(dense, reverse=True)[: self.BEST + 1],
+                    sorted(sparse, reverse=True)[: self.BEST + 1],
+                )
+
+    def support(self, candidate: Candidate) -> tuple[float, float]:
+        """By cosine above the low one, and by BM25."""
+        if candidate.place is None or candidate.place[0] not in self._best:
+            return 0.0, 0.0
+        dense, sparse = self._best[candidate.place[0]]
+        own_dense = max(candidate.cosine - self._low, 0.0)
+        return self._without(dense, own_dense), self._without(sparse, candidate.bm25)
+
+    def _without(self, best: list[float], own: float) -> float:
+        if len(best) <= self.BEST or own >= best[self.BEST - 1]:
+            return max(sum(best) - own, 0.0) / self.BEST
+        return sum(best[: self.BEST]) / self.BEST

@@ -1,31 +1,38 @@
 """Ranks the cubes of one store for a query.
 
 ``dense`` is plain cosine and ``sparse`` plain BM25, both of the query as given. ``hybrid`` takes the
-best of both as a pool, looks at the turns around each candidate, and orders the pool by a learned
-linear function of a few features (``features``, docs/retrieval.md). Its score is the chance that a
-cube answers the query, as calibrated on the training questions.
+best of both as a pool, with the turns next to them, and orders it by a learned linear function of a
+few features (``features``, docs/retrieval.md). Its score is the chance that a cube answers the query,
+as calibrated on the training questions.
 """
 
-import math
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from enum import StrEnum
 
 import numpy as np
 
-from memcube.cube import slot
+from memcube import cube
 from memcube.embedding.contract import Embedder, Purpose
 from memcube.filters import Filter
 from memcube.ids import CubeId, TenantId
-from memcube.retrieval.features import NAMES, Candidate, matrix
-from memcube.retrieval.query import Query, analyse
+from memcube.retrieval.features import NAMES, Candidate, Place, Pool, Scores, TextReader, matrix
+from memcube.retrieval.query import analyse
 from memcube.retrieval.weights import RankerWeights
-from memcube.tiers.plaintext import PlaintextStore, Scored, SlotScore, StoredCube, Vector
+from memcube.tiers.plaintext import PlaintextStore, Scored, StoredCube, Vector
 
-POOL = 100
+SEEDS = 16
+"""The best of each search whose neighbours are looked at. More cost more and rank no better."""
+
 MAX_SPEAKERS = 64
-_STEPS = (-1, 1, -2, 2)
+SPEAKERS_FOR = timedelta(seconds=10)
+"""A scope's speakers are asked for this seldom: counting those of 20,000 cubes takes 6 CPU-ms."""
+
+MAX_SCOPES = 1024
+_AROUND = (-2, -1, 1, 2)
+_slot = functools.lru_cache(maxsize=65_536)(cube.slot)
 
 
 class Mode(StrEnum):
@@ -38,21 +45,15 @@ class Mode(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Hit:
-    """A cube found. ``score``: cosine, BM25, or the chance that it answers the query."""
+    """A cube found. ``score``: cosine, BM25, or the chance that it answers the query.
+
+    ``explain``: each feature's part of the hybrid score, and the plain ``cosine`` and ``bm25``.
+    """
 
     id: CubeId
     score: float
     cube: StoredCube
     explain: Mapping[str, float] | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Pool:
-    """The candidates of a query, before they are ranked."""
-
-    query: Query
-    candidates: list[Candidate]
-    cubes: dict[CubeId, StoredCube]
 
 
 class Retriever:
@@ -62,6 +63,8 @@ class Retriever:
         self._store = store
         self._embedder = embedder
         self._weights = weights
+        self._reader = TextReader()
+        self._speakers: dict[tuple[TenantId, Filter | None], tuple[datetime, list[str]]] = {}
 
     async def search(
         self,
@@ -77,127 +80,102 @@ class Retriever:
     ) -> list[Hit]:
         """The best cubes for a query, best first, at or above ``threshold``; ties go by id."""
         if mode is Mode.HYBRID:
-            hits = self._rank(
-                await self.pool(tenant, query, where=where, now=now, size=max(POOL, limit)),
-                limit,
-                explain,
-            )
+            pool = await self.pool(tenant, query, where=where, now=now, limit=limit)
+            hits = self._rank(pool, limit, explain)
         else:
             hits = await self._plain(tenant, query, where, now, limit, mode, explain)
         return [hit for hit in hits if threshold is None or hit.score >= threshold]
 
     async def pool(
-        self,
-        tenant: TenantId,
-        query: str,
-        *,
-        where: Filter | None,
-        now: datetime,
-        size: int,
+        self, tenant: TenantId, query: str, *, where: Filter | None, now: datetime, limit: int
     ) -> Pool:
-        """The candidates of a query: the ``size`` best by cosine and by BM25, with their scores in
-        both and those of the turns around them."""
-        speakers = await self._store.speakers(tenant, where=where, now=now, limit=MAX_SPEAKERS)
-        analysed = analyse(query, speakers)
-        (vector,) = await self._embedder.embed([analysed.dense_text], Purpose.QUERY)
+        """The candidates of a query: the best by cosine and by BM25, at least ``limit`` of each,
+        and the turns right before and after the best ``SEEDS`` of each."""
+        asked = analyse(query, await self._speakers_of(tenant, where, now))
+        (vector,) = await self._embedder.embed([asked.dense_text], Purpose.QUERY)
+        size = max(SEEDS, limit)
         dense = await self._store.search_dense(tenant, vector, where=where, now=now, limit=size)
         sparse = await self._store.search_sparse(tenant, query, where=where, now=now, limit=size)
-        ids = list(dict.fromkeys(hit.id for hit in (*dense, *sparse)))
-        cubes = {cube.id: cube for cube in await self._store.get(tenant, ids, with_vectors=False)}
-        around = await self._around(tenant, cubes.values(), vector, query, where, now)
-        cosines = await self._cosines(tenant, [i for i in ids if i in cubes], dense, around, vector)
+        cosines = {hit.id: hit.score for hit in dense}
         terms = {hit.id: hit.score for hit in sparse}
-        questions = {
-            (c.payload["thread"], c.payload["seq"]): c.text.rstrip().endswith("?")
-            for c in cubes.values()
-            if "thread" in c.payload
-        }
-        candidates = []
-        for id in ids:
-            cube = cubes.get(id)
-            if cube is None:
-                continue
-            thread, seq = cube.payload.get("thread"), cube.payload.get("seq")
-            own = around.get(slot(thread, seq)) if thread is not None else None
-            places: list[tuple[float, float] | None] = [None] * len(_STEPS)
-            if thread is not None and seq is not None:
-                for place, step in enumerate(_STEPS):
-                    found = around.get(slot(thread, seq + step))
-                    places[place] = None if found is None else (found.cosine, found.bm25)
-            candidates.append(
-                Candidate(
-                    id=id,
-                    cosine=cosines[id],
-                    bm25=terms.get(id, own.bm25 if own else 0.0),
-                    text=cube.text,
-                    speaker=cube.payload.get("speaker"),
-                    thread=thread,
-                    neighbours=tuple(places),
-                    prev_is_question=seq is not None and questions.get((thread, seq - 1), False),
-                )
-            )
-        return Pool(query=analysed, candidates=candidates, cubes=cubes)
-
-    async def _around(
-        self,
-        tenant: TenantId,
-        cubes: Sequence[StoredCube] | object,
-        vector: Vector,
-        query: str,
-        where: Filter | None,
-        now: datetime,
-    ) -> dict[int, SlotScore]:
-        """Scores of the candidates' own places and of those around them, by slot."""
-        wanted: set[int] = set()
-        for cube in cubes:  # type: ignore[attr-defined]
-            thread, seq = cube.payload.get("thread"), cube.payload.get("seq")
-            if thread is not None and seq is not None:
-                wanted.add(slot(thread, seq))
-                wanted.update(slot(thread, seq + step) for step in _STEPS if seq + step >= 0)
+        cubes = await self._store.get(tenant, list(cosines | terms))
+        seeds = {hit.id for hit in (*dense[:SEEDS], *sparse[:SEEDS])}
+        near = _places_near(cubes, seeds)
         found = await self._store.score_slots(
-            tenant, list(wanted), vector=vector, text=query, where=where, now=now
+            tenant, list(near), vector=vector, text=query, where=where, now=now
         )
-        return {score.slot: score for score in found}
+        turns: dict[Place, Scores] = {}
+        beside: list[CubeId] = []
+        for turn in found:
+            place, is_beside = near[turn.slot]
+            turns[place] = Scores(turn.cosine, turn.bm25)
+            if is_beside and turn.id not in cosines and turn.id not in terms:
+                beside.append(turn.id)
+            cosines.setdefault(turn.id, turn.cosine)
+            terms.setdefault(turn.id, turn.bm25)
+        cubes += await self._store.get(tenant, beside)
+        cosines |= await self._cosines(tenant, [c.id for c in cubes if c.id not in cosines], vector)
+        return Pool(
+            query=asked,
+            candidates=[
+                Candidate(
+                    cube=cube,
+                    cosine=cosines[cube.id],
+                    bm25=terms.get(cube.id, 0.0),
+                    place=_place(cube),
+                )
+                for cube in cubes
+                if cube.id in cosines
+            ],
+            turns=turns,
+            best_cosine=dense[0].score if dense else 0.0,
+            low_cosine=dense[:SEEDS][-1].score if dense else 0.0,
+            best_bm25=sparse[0].score if sparse else 0.0,
+        )
+
+    async def _speakers_of(
+        self, tenant: TenantId, where: Filter | None, now: datetime
+    ) -> list[str]:
+        held = self._speakers.get((tenant, where))
+        if held is not None and abs(now - held[0]) < SPEAKERS_FOR:
+            return held[1]
+        found = await self._store.speakers(tenant, where=where, now=now, limit=MAX_SPEAKERS)
+        if len(self._speakers) >= MAX_SCOPES:
+            self._speakers.clear()
+        if found:
+            self._speakers[tenant, where] = now, found
+        return found
 
     async def _cosines(
-        self,
-        tenant: TenantId,
-        ids: Sequence[CubeId],
-        dense: Sequence[Scored],
-        around: Mapping[int, SlotScore],
-        vector: Vector,
+        self, tenant: TenantId, ids: Sequence[CubeId], vector: Vector
     ) -> dict[CubeId, float]:
-        """Every candidate's cosine; those that only BM25 found are computed from their vectors."""
-        known = {score.id: score.cosine for score in around.values()}
-        known.update((hit.id, hit.score) for hit in dense)
-        missing = [id for id in ids if id not in known]
-        for cube in await self._store.get(tenant, missing, with_vectors=True):
-            if cube.vector is not None:
-                known[cube.id] = float(np.dot(cube.vector, vector))
-        return {id: known.get(id, 0.0) for id in ids}
+        """Cosines of cubes that only BM25 found and that have no place to be scored at."""
+        if not ids:
+            return {}
+        cubes = await self._store.get(tenant, ids, with_vectors=True)
+        return {c.id: float(np.dot(c.vector, vector)) for c in cubes if c.vector is not None}
 
     def _rank(self, pool: Pool, limit: int, explain: bool) -> list[Hit]:
         if not pool.candidates:
             return []
-        x = matrix(pool.query, pool.candidates)
+        x = matrix(pool, self._reader)
         scores = x @ self._weights.weights
         order = sorted(
-            range(len(scores)), key=lambda row: (-scores[row], pool.candidates[row].id)
-        )[:limit]
+            range(len(scores)), key=lambda row: (-scores[row], pool.candidates[row].cube.id)
+        )
         hits = []
-        for row in order:
+        for row in order[:limit]:
             candidate = pool.candidates[row]
-            logit = self._weights.scale * float(scores[row]) + self._weights.offset
             parts = None
             if explain:
-                terms = x[row] * self._weights.weights
-                parts = {name: round(float(t), 4) for name, t in zip(NAMES, terms, strict=True) if t}
-                parts |= {"cosine": candidate.cosine, "bm25_score": candidate.bm25}
+                terms = (x[row] * self._weights.weights).tolist()
+                parts = {name: term for name, term in zip(NAMES, terms, strict=True) if term}
+                parts |= {"cosine": candidate.cosine, "bm25": candidate.bm25}
             hits.append(
                 Hit(
-                    id=candidate.id,
-                    score=1 / (1 + math.exp(-max(-30.0, min(30.0, logit)))),
-                    cube=pool.cubes[candidate.id],
+                    id=candidate.cube.id,
+                    score=self._weights.probability(float(scores[row]), pool.best_cosine),
+                    cube=candidate.cube,
                     explain=parts,
                 )
             )
@@ -213,6 +191,7 @@ class Retriever:
         mode: Mode,
         explain: bool,
     ) -> list[Hit]:
+        found: Sequence[Scored]
         if mode is Mode.DENSE:
             (vector,) = await self._embedder.embed([query], Purpose.QUERY)
             found = await self._store.search_dense(
@@ -223,7 +202,7 @@ class Retriever:
                 tenant, query, where=where, now=now, limit=limit
             )
         cubes = {c.id: c for c in await self._store.get(tenant, [hit.id for hit in found])}
-        name = "cosine" if mode is Mode.DENSE else "bm25_score"
+        name = "cosine" if mode is Mode.DENSE else "bm25"
         return [
             Hit(
                 id=hit.id,
@@ -234,3 +213,27 @@ class Retriever:
             for hit in found
             if hit.id in cubes
         ]
+
+
+def _place(cube: StoredCube) -> Place | None:
+    thread, seq = cube.payload.get("thread"), cube.payload.get("seq")
+    return None if thread is None or seq is None else (thread, seq)
+
+
+def _places_near(
+    cubes: Iterable[StoredCube], seeds: Iterable[CubeId]
+) -> dict[int, tuple[Place, bool]]:
+    """By slot: the places of all cubes and those up to two turns from a seed, and whether a place
+    is right beside a seed."""
+    near: dict[int, tuple[Place, bool]] = {}
+    placed = [(cube.id, place) for cube in cubes if (place := _place(cube)) is not None]
+    for id, (thread, seq) in placed:
+        near.setdefault(_slot(thread, seq), ((thread, seq), False))
+        if id not in seeds:
+            continue
+        for step in _AROUND:
+            if seq + step >= 0:
+                slot, beside = _slot(thread, seq + step), abs(step) == 1
+                if beside or slot not in near:
+                    near[slot] = ((thread, seq + step), beside)
+    return near
