@@ -6,13 +6,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memcube.cube import slot
 from memcube.filters import And, Compare, Filter, Not, Op, Or, parse_filter
 from memcube.ids import CubeId, TenantId, uuid7
-from memcube.tiers.memory import matches
+from memcube.tiers.memory import MemoryStore, matches
 from memcube.tiers.plaintext import IndexedCube, IndexSpec, PlaintextStore
 
 DIM = 8
@@ -48,6 +48,62 @@ async def found(store: PlaintextStore, where: Any, *, tenant: TenantId = A) -> s
     condition = parse_filter(where) if isinstance(where, dict) or where is None else where
     hits = await store.search_dense(tenant, unit(1.0), where=condition, now=NOW, limit=1000)
     return {c.text for c in await store.get(tenant, [hit.id for hit in hits])}
+
+
+_VALUES = st.one_of(
+    st.sampled_from(["a", "b", "ab", "A", "", 1, 2, 1.5, 1.0, True, False, "1", "2026-01-01"]),
+    st.floats(min_value=-2, max_value=2),
+)
+_DAYS = st.integers(0, 3).map(lambda day: datetime(2026, 1, 1 + day, tzinfo=UTC))
+_NAMES = st.sampled_from(["a", "ab", "B"])
+_HEADERS = st.fixed_dictionaries(
+    {"version": st.integers(1, 3), "created_at": _DAYS},
+    optional={
+        "metadata": st.fixed_dictionaries(
+            {},
+            optional={
+                "x": st.one_of(_VALUES, st.lists(_VALUES, max_size=3)),
+                "y.z": _VALUES,
+                "y": st.fixed_dictionaries({"z": _VALUES}),
+            },
+        ),
+        "speaker": _NAMES,
+        "user_id": _NAMES,
+        "event_time": _DAYS,
+        "tags": st.lists(_NAMES, max_size=2).map(tuple),
+    },
+)
+_KEYS = st.sampled_from(["metadata.x", "metadata.y.z"])
+_TEXT_FIELDS = st.sampled_from(["speaker", "user_id", "tags"])
+_RANGES = st.sampled_from([Op.GT, Op.GTE, Op.LT, Op.LTE])
+_CONDITIONS = st.one_of(
+    st.builds(Compare, _KEYS, st.sampled_from([Op.EQ, Op.NE, Op.CONTAINS]), _VALUES),
+    st.builds(
+        Compare,
+        _KEYS,
+        st.sampled_from([Op.IN, Op.NIN]),
+        st.lists(_VALUES, min_size=1, max_size=3).map(tuple),
+    ),
+    st.builds(
+        Compare,
+        _KEYS,
+        _RANGES,
+        st.one_of(st.sampled_from([1, 1.5, 2]), st.floats(min_value=-2, max_value=2), _DAYS),
+    ),
+    st.builds(Compare, _TEXT_FIELDS, st.sampled_from([Op.EQ, Op.NE, Op.CONTAINS]), _NAMES),
+    st.builds(Compare, st.sampled_from(["created_at", "event_time"]), _RANGES, _DAYS),
+    st.builds(Compare, st.just("event_time"), st.sampled_from([Op.EQ, Op.NE]), _DAYS),
+    st.builds(Compare, st.just("version"), _RANGES, st.integers(0, 4)),
+)
+_FILTERS: st.SearchStrategy[Filter] = st.recursive(
+    _CONDITIONS,
+    lambda inner: st.one_of(
+        st.builds(Not, inner),
+        st.lists(inner, min_size=1, max_size=3).map(lambda parts: And(tuple(parts))),
+        st.lists(inner, min_size=1, max_size=3).map(lambda parts: Or(tuple(parts))),
+    ),
+    max_leaves=5,
+)
 
 
 class PlaintextContract:
@@ -372,68 +428,100 @@ class PlaintextContract:
             assert await found(store, Compare("tags", Op.EQ, s)) == {s}
             assert await found(store, Compare(f"metadata.{s}", Op.EQ, s)) == {s}
 
-    async def test_any_filter_finds_what_the_reference_finds(self, store):
-        values = st.sampled_from(["a", "b", "ab", 1, 2, 1.5, True, False, "2026-01-01"])
-        documents = st.fixed_dictionaries(
-            {},
-            optional={
-                "x": st.one_of(values, st.lists(values, max_size=3)),
-                "y": values,
-            },
-        )
-        conditions = st.one_of(
-            st.builds(
-                Compare, st.just("metadata.x"), st.sampled_from([Op.EQ, Op.NE, Op.CONTAINS]), values
-            ),
-            st.builds(
-                Compare,
-                st.sampled_from(["metadata.x", "metadata.y"]),
-                st.sampled_from([Op.IN, Op.NIN]),
-                st.lists(values, min_size=1, max_size=3).map(tuple),
-            ),
-            st.builds(
-                Compare,
-                st.just("metadata.y"),
-                st.sampled_from([Op.GT, Op.GTE, Op.LT, Op.LTE]),
-                st.sampled_from([1, 1.5, 2, datetime(2026, 1, 1, tzinfo=UTC)]),
-            ),
-            st.builds(Compare, st.just("user_id"), st.just(Op.EQ), st.sampled_from(["u", "v"])),
-        )
-        filters: st.SearchStrategy[Filter] = st.recursive(
-            conditions,
-            lambda inner: st.one_of(
-                st.builds(Not, inner),
-                st.lists(inner, min_size=1, max_size=3).map(lambda p: And(tuple(p))),
-                st.lists(inner, min_size=1, max_size=3).map(lambda p: Or(tuple(p))),
-            ),
-            max_leaves=5,
-        )
-        drawn: list[tuple[list[dict], list[Filter]]] = []
-
-        @settings(
-            max_examples=25,
-            deadline=None,
-            database=None,
-            derandomize=True,
-            suppress_health_check=list(HealthCheck),
-        )
-        @given(
-            st.lists(documents, min_size=1, max_size=8), st.lists(filters, min_size=3, max_size=5)
-        )
-        def draw(documents, filters):
-            drawn.append((documents, filters))
-
-        draw()
-        for round_number, (documents, filters) in enumerate(drawn):
-            tenant = TenantId(f"t{round_number}")
-            cubes = [
-                cube(str(i), tenant=tenant, metadata=document, user_id="uv"[i % 2])
-                for i, document in enumerate(documents)
+    async def test_bm25_scores_are_those_of_the_reference(self, store):
+        words = ["kumquat", "pear", "tea", "garden", "the", "running", "Ann"]
+        cubes = [
+            cube(
+                " ".join(words[(i * k) % 7] for k in range(1, 3 + i % 9)),
+                user_id="uv"[i % 2],
+                speaker=["Ann", "Bob", None][i % 3],
+                slot=i,
+            )
+            for i in range(40)
+        ]
+        reference = MemoryStore(SPEC)
+        for one in (store, reference):
+            await one.put(cubes)
+        for where in (None, Compare("user_id", Op.EQ, "u"), Compare("speaker", Op.NE, "Bob")):
+            text = "Did Ann run to the kumquat garden?"
+            scores = [
+                {
+                    h.id: h.score
+                    for h in await one.search_sparse(A, text, where=where, now=NOW, limit=99)
+                }
+                for one in (store, reference)
             ]
+            assert scores[0] == pytest.approx(scores[1], abs=1e-4)
+            places = [
+                {
+                    s.id: s.bm25
+                    for s in await one.score_slots(
+                        A, range(9), vector=unit(1.0), text=text, where=where, now=NOW
+                    )
+                }
+                for one in (store, reference)
+            ]
+            assert places[0] == pytest.approx(places[1], abs=1e-4)
+
+    async def test_no_content_makes_a_put_fail_and_ranges_over_it_are_the_references(self, store):
+        numbers = [
+            2**53,
+            2**53 + 1,
+            2**64,
+            -(2**70),
+            10**400,
+            float("inf"),
+            float("nan"),
+            0.1,
+            -0.0,
+        ]
+        times = ["9999-12-31T23:59:59Z", "0001-01-01T00:00:00+05:00", "2300-01-01T00:00:00.000001Z"]
+        metadata: list[dict] = [
+            {"x": value} for value in [*numbers, *times, [], [[1]], {"x": 1}, None]
+        ]
+        metadata += [{"": 1}, {"a\x00b": "x\x00y"}, {"x": "\ud800"}, {"\ud800": 1}]
+        cubes = [cube(str(i), metadata=given) for i, given in enumerate(metadata)]
+        cubes += [
+            cube("lone \ud800", user_id="\ud800", tags=("\udfff",)),
+            cube("\x00", user_id="\x00"),
+        ]
+        await store.put(cubes)
+        assert await store.count(A, where=None, now=NOW) == len(cubes)
+        bounds = [0, 0.1, 2**53, 2**64, 10**30, float("inf"), datetime(2300, 1, 1, tzinfo=UTC)]
+        wheres = [
+            Compare("metadata.x", op, bound)
+            for op in (Op.GT, Op.GTE, Op.LT, Op.LTE)
+            for bound in bounds
+        ]
+        wheres += [Compare("metadata.x", Op.EQ, n) for n in numbers if n == n]
+        wheres += [Compare("metadata.x", Op.CONTAINS, "\ud800"), Compare("user_id", Op.EQ, "\x00")]
+        wheres += [Compare("version", op, 2**70) for op in (Op.EQ, Op.LT, Op.CONTAINS)]
+        wheres += [Compare("version", Op.IN, (2**70, 1)), Compare("version", Op.NIN, (2**70,))]
+        for where in wheres:
+            expected = {c.id for c in cubes if matches(c, where)}
+            hits = await store.search_dense(A, unit(1.0), where=where, now=NOW, limit=99)
+            assert {hit.id for hit in hits} == expected, where
+
+    async def test_any_filter_finds_what_the_reference_finds(self, store):
+        drawn: list[tuple[list[dict[str, Any]], list[Filter]]] = []
+
+        @settings(max_examples=25, deadline=None, database=None, derandomize=True)
+        @given(
+            st.lists(_HEADERS, min_size=1, max_size=8), st.lists(_FILTERS, min_size=3, max_size=6)
+        )
+        def draw(headers: list[dict[str, Any]], wheres: list[Filter]) -> None:
+            drawn.append((headers, wheres))
+
+        # Hypothesis runs no coroutines: it draws, and the drawn cases are run after.
+        draw()
+        for round_number, (headers, wheres) in enumerate(drawn):
+            tenant = TenantId(f"t{round_number}")
+            cubes = [cube(str(i), tenant=tenant, **header) for i, header in enumerate(headers)]
             await store.put(cubes)
-            for where in filters:
+            for where in wheres:
                 expected = {c.text for c in cubes if matches(c, where)}
                 assert await found(store, where, tenant=tenant) == expected, where
+                assert await store.count(tenant, where=where, now=NOW) == len(expected)
 
 
 __all__ = ["NOW", "SPEC", "A", "B", "CubeId", "PlaintextContract", "cube", "found", "unit"]

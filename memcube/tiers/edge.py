@@ -8,13 +8,11 @@ Every engine call holds the GIL, so each is kept small: points go in by slices, 
 to waiting searches before the next. The one call that can't be small, building the HNSW graph, runs
 in another process on a copy (``optimise``); searches go on meanwhile.
 
-A folder holds ``spec.json``, ``lock``, ``current`` (the name of the live engine folder) and engine
-folders. Only one process opens a folder.
+What lies in the folder is ``memcube.tiers.layout``'s. Only one process opens a folder.
 """
 
 import asyncio
 import fcntl
-import json
 import os
 import shutil
 import sys
@@ -22,14 +20,15 @@ from collections import OrderedDict
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import qdrant_edge as qe
 
-from memcube.errors import Conflict, Corrupt, StorageFull, Unavailable
+from memcube.errors import Corrupt, StorageFull, Unavailable
 from memcube.filters import Filter
 from memcube.ids import CubeId, TenantId
-from memcube.tiers import bm25
+from memcube.tiers import bm25, layout, optimise
 from memcube.tiers.payload import (
     DENSE,
     INTEGERS,
@@ -52,13 +51,15 @@ from memcube.tiers.plaintext import (
 
 SLICE = 32
 FLUSH_EVERY = 2_000
-SCROLL = 1_000
+SCROLL = 250
 MAX_TOMBSTONES = 200_000
+MAX_PLACES = 200_000
 OPTIMISE_ABOVE = 20_000
 """Points without a graph that are worth one. Below, a tenant's filtered scan is faster anyway."""
+FULL_SCAN_KIB = 10_000
+"""A tenant whose vectors take more is searched by its graph: some 6,700 cubes of 384 dimensions."""
 
 _filters = FilterTranslator(qe, positional=True)
-_ID = qe.PayloadSelector.Include(["id"])
 _ID_SLOT = qe.PayloadSelector.Include(["id", "slot"])
 _VERSION = qe.PayloadSelector.Include(["version"])
 
@@ -66,16 +67,27 @@ _VERSION = qe.PayloadSelector.Include(["version"])
 class EdgeStore:
     """One folder of the embedded engine."""
 
-    def __init__(self, path: Path, spec: IndexSpec, shard: qe.EdgeShard, lock: int) -> None:
+    def __init__(
+        self, path: Path, spec: IndexSpec, shard: qe.EdgeShard, name: str, lock: int
+    ) -> None:
         self.spec = spec
         self._path = path
         self._shard = shard
+        self._name = name
         self._lock = lock
         self._writing = asyncio.Lock()
         self._unflushed = 0
         self._tombstones: OrderedDict[str, int] = OrderedDict()
+        self._closed = False
+        self._optimising = False
+        self._worker: asyncio.subprocess.Process | None = None
         self._touched: set[str] | None = None
-        """Points written while an optimisation runs on a copy; None when none runs."""
+        """Points written since the copy that is being optimised was taken; None when there is none."""
+        self._places: dict[str, tuple[CubeId, int | None]] = {}
+        """Id and slot of points lately seen: reading them from payloads is most of a search's time.
+        A point's id never changes, its slot only by ``put``."""
+        self._left_out = 0
+        """Points that the last optimisation left outside a graph, because it was not worth one."""
 
     @classmethod
     def open(cls, path: Path, spec: IndexSpec) -> "EdgeStore":
@@ -94,7 +106,7 @@ class EdgeStore:
             os.close(lock)
             raise Unavailable(f"{path} is open in another process") from None
         try:
-            return cls(path, spec, _open_engine(path, spec), lock)
+            return cls(path, spec, *_open_engine(path, spec), lock)
         except BaseException:
             os.close(lock)
             raise
@@ -114,7 +126,7 @@ class EdgeStore:
                 newest[point] = cube
         held = {
             str(record.id): record.payload["version"]
-            for record in self._shard.retrieve(list(newest), _VERSION, False)
+            for record in self._shard.retrieve([*newest], _VERSION, False)
             if record.payload
         }
         points = []
@@ -133,7 +145,10 @@ class EdgeStore:
                 )
             )
         if points:
-            self._update(qe.UpdateOperation.upsert_points(points), [str(p.id) for p in points])
+            written = [str(p.id) for p in points]
+            self._update(qe.UpdateOperation.upsert_points(points), written)
+            for point in written:
+                self._remember(point, newest[point].id, newest[point].slot)
 
     async def delete(self, tenant: TenantId, versions: Mapping[CubeId, int]) -> None:
         async with self._writing:
@@ -144,8 +159,8 @@ class EdgeStore:
             while len(self._tombstones) > MAX_TOMBSTONES:
                 self._tombstones.popitem(last=False)
             for start in range(0, len(wanted), SCROLL):
-                part = list(wanted)[start : start + SCROLL]
-                gone = [
+                part: list[Any] = list(wanted)[start : start + SCROLL]
+                gone: list[Any] = [
                     str(record.id)
                     for record in self._shard.retrieve(part, _VERSION, False)
                     if record.payload and record.payload["version"] <= wanted[str(record.id)]
@@ -156,10 +171,13 @@ class EdgeStore:
 
     async def set_state(self, tenant: TenantId, ids: Iterable[CubeId], state: str) -> None:
         async with self._writing:
-            points = [point_id(tenant, id) for id in ids]
-            there = [str(record.id) for record in self._shard.retrieve(points, False, False)]
-            if there:
-                self._update(qe.UpdateOperation.set_payload(there, {"state": state}), there)
+            points: list[Any] = [point_id(tenant, id) for id in ids]
+            for start in range(0, len(points), SCROLL):
+                part = points[start : start + SCROLL]
+                there: list[Any] = [str(r.id) for r in self._shard.retrieve(part, False, False)]
+                if there:
+                    self._update(qe.UpdateOperation.set_payload(there, {"state": state}), there)
+                await asyncio.sleep(0)
 
     async def get(
         self, tenant: TenantId, ids: Sequence[CubeId], *, with_vectors: bool = False
@@ -168,14 +186,18 @@ class EdgeStore:
             return []
         vectors = [DENSE] if with_vectors else False
         found: dict[str, StoredCube] = {}
-        points = [point_id(tenant, id) for id in ids]
-        for record in self._shard.retrieve(points, True, vectors):
-            if record.payload is None or record.payload.get("tenant") != tenant:
-                continue
-            vector = None
-            if with_vectors and isinstance(record.vector, dict):
-                vector = np.asarray(record.vector[DENSE], dtype=np.float32)
-            found[str(record.id)] = stored_cube(record.payload, vector)
+        points: list[Any] = [point_id(tenant, id) for id in ids]
+        for start in range(0, len(points), SCROLL):
+            if start:
+                await asyncio.sleep(0)
+            for record in self._shard.retrieve(points[start : start + SCROLL], True, vectors):
+                payload = record.payload  # converted anew at each access
+                if payload is None or payload.get("tenant") != tenant:
+                    continue
+                vector = None
+                if with_vectors and isinstance(record.vector, dict):
+                    vector = np.asarray(record.vector[DENSE], dtype=np.float32)
+                found[str(record.id)] = stored_cube(payload, vector)
         return [found[point] for point in points if point in found]
 
     async def search_dense(
@@ -192,7 +214,6 @@ class EdgeStore:
                 limit=limit,
                 query=qe.Query.Nearest(vector.tolist(), using=DENSE),
                 filter=_filters.scope(tenant, where, now),
-                with_payload=_ID,
             )
         )
 
@@ -206,7 +227,7 @@ class EdgeStore:
         limit: int,
     ) -> list[Scored]:
         corpus = _filters.scope(tenant, where, now)
-        request = _sparse_request(text, corpus, corpus, limit, _ID)
+        request = _sparse_request(text, corpus, corpus, limit)
         return [] if request is None else self._scored(request)
 
     async def score_slots(
@@ -226,24 +247,19 @@ class EdgeStore:
             limit=len(slots),
             query=qe.Query.Nearest(vector.tolist(), using=DENSE),
             filter=wanted,
-            with_payload=_ID_SLOT,
             params=qe.SearchParams(exact=True),
         )
         corpus = _filters.scope(tenant, where, now)
-        sparse = _sparse_request(text, wanted, corpus, len(slots), False)
+        sparse = _sparse_request(text, wanted, corpus, len(slots))
         found = self._shard.query_batch(
             qe.QueryBatchRequest([dense] if sparse is None else [dense, sparse])
         )
-        by_terms = {} if sparse is None else {hit.id: hit.score for hit in found[1]}
+        by_terms = {} if sparse is None else {str(hit.id): hit.score for hit in found[1]}
+        cosines = {str(hit.id): hit.score for hit in found[0]}
         return [
-            SlotScore(
-                id=CubeId(hit.payload["id"]),
-                slot=hit.payload["slot"],
-                cosine=hit.score,
-                bm25=by_terms.get(hit.id, 0.0),
-            )
-            for hit in found[0]
-            if hit.payload
+            SlotScore(id=id, slot=place, cosine=cosines[point], bm25=by_terms.get(point, 0.0))
+            for point, id, place in self._places_of(list(cosines))
+            if place is not None
         ]
 
     async def speakers(
@@ -277,63 +293,93 @@ class EdgeStore:
             await asyncio.sleep(0)
 
     async def close(self) -> None:
+        self._closed = True
+        if self._worker is not None and self._worker.returncode is None:
+            self._worker.kill()
+            await self._worker.wait()
         async with self._writing:
-            self._shard.flush()
+            self._flush()
             self._shard.close()
             os.close(self._lock)
 
     @property
     def needs_optimise(self) -> bool:
-        """Whether enough points lie outside a graph."""
+        """Whether many points came since the last optimisation that lie outside a graph."""
+        return self._outside_graph() - self._left_out > OPTIMISE_ABOVE
+
+    def _outside_graph(self) -> int:
         info = self._shard.info()
-        return info.points_count - info.indexed_vectors_count // 2 > OPTIMISE_ABOVE
+        # A sparse vector always counts as indexed, a dense one only once it is in a graph.
+        return info.points_count - max(0, info.indexed_vectors_count - info.points_count)
 
     async def optimise(self) -> bool:
-        """Build the graph in another process on a copy, and switch to it.
+        """Merge segments and build graphs in another process on a copy, and switch to it.
 
         Searches go on all the time; writes wait while the folder is copied and while the copy
-        catches up. A crash leaves the old folder or the new one, whole. Returns whether it switched.
+        catches up. A crash leaves the old folder or the new one, whole. Returns whether it
+        switched; False when one is running already, or the store was closed meanwhile.
 
         Raises:
             Unavailable: the other process failed; the old folder stays in use.
         """
-        if self._touched is not None:
+        if self._optimising or self._closed:
             return False
-        old = self._path / _current(self._path)
-        new = self._path / _next_name(old.name)
-        async with self._writing:
-            self._shard.flush()
-            self._unflushed = 0
-            await asyncio.to_thread(shutil.copytree, old, new)
-            self._touched = set()
+        self._optimising = True
+        old, replaced = self._path / self._name, self._shard
+        new = self._path / layout.next_name(self._path)
         try:
-            worker = await asyncio.create_subprocess_exec(
-                sys.executable,
-                "-m",
-                "memcube.tiers.optimise",
-                str(new),
-                stdout=asyncio.subprocess.DEVNULL,
-                stderr=asyncio.subprocess.PIPE,
-            )
-            _, errors = await worker.communicate()
-            if worker.returncode != 0:
-                reason = errors.decode(errors="replace").strip().splitlines()[-1:]
-                raise Unavailable(f"optimising {new} ended with {worker.returncode}: {reason}")
             async with self._writing:
-                await self._catch_up(new)
-        except BaseException:
-            self._touched = None
-            shutil.rmtree(new, ignore_errors=True)
-            raise
+                if self._closed:
+                    return False
+                self._flush()
+                await asyncio.to_thread(shutil.copytree, old, new)
+                self._touched = set()
+            if not self._closed and await self._build(new):
+                async with self._writing:
+                    if not self._closed:
+                        await self._switch(new)
+        finally:
+            self._optimising, self._touched = False, None
+            if self._name != new.name:
+                shutil.rmtree(new, ignore_errors=True)
+        if self._name != new.name:
+            return False
+        replaced.close()
         await asyncio.to_thread(shutil.rmtree, old)
         return True
 
-    async def _catch_up(self, new: Path) -> None:
+    async def _build(self, new: Path) -> bool:
+        """Optimise the copy in a process of its own; False when the store was closed meanwhile."""
+        self._worker = worker = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-P",  # this package's folder has modules of common names
+            optimise.__file__,
+            str(new),
+            str(os.getpid()),
+            stdout=asyncio.subprocess.DEVNULL,
+            stderr=asyncio.subprocess.PIPE,
+            # While the worker lives, nobody else opens the folder, even if this process is gone.
+            pass_fds=(self._lock,),
+        )
+        try:
+            _, errors = await worker.communicate()
+        finally:
+            if worker.returncode is None:
+                worker.kill()
+        if self._closed:
+            return False
+        if worker.returncode != 0:
+            reason = errors.decode(errors="replace").strip().splitlines()[-1:]
+            raise Unavailable(f"optimising {new} ended with {worker.returncode}: {reason}")
+        return True
+
+    async def _switch(self, new: Path) -> None:
+        """Bring the copy up to date and use it from now on."""
         assert self._touched is not None
         fresh = await asyncio.to_thread(qe.EdgeShard.load, str(new))
         touched = list(self._touched)
         for start in range(0, len(touched), SLICE):
-            part = touched[start : start + SLICE]
+            part: list[Any] = touched[start : start + SLICE]
             points = [
                 qe.Point(id=record.id, vector=record.vector or {}, payload=record.payload)
                 for record in self._shard.retrieve(part, True, True)
@@ -341,14 +387,20 @@ class EdgeStore:
             there = {str(point.id) for point in points}
             if points:
                 fresh.update(qe.UpdateOperation.upsert_points(points))
-            gone = [point for point in part if point not in there]
+            gone: list[Any] = [point for point in part if point not in there]
             if gone:
                 fresh.update(qe.UpdateOperation.delete_points(gone))
             await asyncio.sleep(0)
         fresh.flush()
-        _write(self._path / "current", new.name)
-        old, self._shard, self._touched = self._shard, fresh, None
-        old.close()
+        # The engine fsyncs what it writes itself, not what was copied beside it.
+        await asyncio.to_thread(layout.sync_tree, new)
+        try:
+            layout.mark(self._path, new.name)
+        except OSError:
+            layout.mark(self._path, self._name)  # it may have been written before it failed
+            raise
+        self._shard, self._name = fresh, new.name
+        self._unflushed, self._left_out = 0, self._outside_graph()
 
     def _update(self, operation: qe.UpdateOperation, points: Sequence[str]) -> None:
         try:
@@ -359,20 +411,43 @@ class EdgeStore:
             self._touched.update(points)
         self._unflushed += len(points)
         if self._unflushed >= FLUSH_EVERY:
+            self._flush()
+
+    def _flush(self) -> None:
+        try:
             self._shard.flush()
-            self._unflushed = 0
+        except Exception as failed:  # noqa: BLE001 - the engine raises bare Exception
+            raise _translated(failed, self._path) from None
+        layout.mark(self._path, self._name)
+        self._unflushed = 0
 
     def _scored(self, request: qe.QueryRequest) -> list[Scored]:
+        scores = {str(hit.id): hit.score for hit in self._shard.query(request)}
         hits = [
-            Scored(id=CubeId(hit.payload["id"]), score=hit.score)
-            for hit in self._shard.query(request)
-            if hit.payload
+            Scored(id=id, score=scores[point]) for point, id, _ in self._places_of(list(scores))
         ]
         return sorted(hits, key=lambda hit: (-hit.score, hit.id))
 
+    def _places_of(self, points: list[str]) -> list[tuple[str, CubeId, int | None]]:
+        """Each point with its cube's id and slot."""
+        found = {point: self._places.get(point) for point in points}
+        unknown: list[Any] = [point for point, place in found.items() if place is None]
+        if unknown:
+            for record in self._shard.retrieve(unknown, _ID_SLOT, False):
+                payload = record.payload or {}
+                place = CubeId(payload["id"]), payload.get("slot")
+                found[str(record.id)] = place
+                self._remember(str(record.id), *place)
+        return [(point, *place) for point, place in found.items() if place is not None]
+
+    def _remember(self, point: str, id: CubeId, slot: int | None) -> None:
+        if len(self._places) >= MAX_PLACES and point not in self._places:
+            del self._places[next(iter(self._places))]
+        self._places[point] = id, slot
+
 
 def _sparse_request(
-    text: str, wanted: qe.Filter, corpus: qe.Filter, limit: int, payload: object
+    text: str, wanted: qe.Filter, corpus: qe.Filter, limit: int
 ) -> qe.QueryRequest | None:
     """None when the query has no terms. Frequencies are counted in ``corpus``."""
     terms = bm25.query(text)
@@ -383,88 +458,49 @@ def _sparse_request(
         limit=limit,
         query=qe.Query.Nearest(vector, using=SPARSE),
         filter=wanted,
-        with_payload=payload,  # type: ignore[arg-type]
         params=qe.SearchParams(idf=qe.IdfParams(corpus)),
     )
 
 
-def _open_engine(path: Path, spec: IndexSpec) -> qe.EdgeShard:
-    written = path / "spec.json"
-    stated = json.dumps({"embedder": spec.embedder, "dim": spec.dim}, sort_keys=True)
-    if not written.exists():
-        if (path / "current").exists():
-            raise Corrupt(str(written), "is missing, while the index is there")
-        _write(written, stated)
-    held = written.read_text()
-    if held != stated:
-        raise Conflict(f"{path} holds an index of {held}, not of {stated}; use another folder")
-    if not (path / "current").exists():
-        name = _next_name(None)
-        # A folder without a name in `current` was never used: a crash came before the first write.
-        shutil.rmtree(path / name, ignore_errors=True)
-        (path / name).mkdir()
-        shard = _create(path / name, spec)
-        shard.flush()
-        _write(path / "current", name)
-        return shard
-    name = _current(path)
-    for leftover in path.glob("engine-*"):
-        if leftover.name != name:
-            shutil.rmtree(leftover)
-    if not (path / name).is_dir():
-        raise Corrupt(
-            str(path / name), "is missing; remove the folder to rebuild it from the catalog"
-        )
+def _open_engine(path: Path, spec: IndexSpec) -> tuple[qe.EdgeShard, str]:
+    layout.check_spec(path, spec)
+    if not (path / layout.CURRENT).exists():
+        _create(path, spec)
+    name = layout.check(path)
     try:
-        return qe.EdgeShard.load(str(path / name))
+        return qe.EdgeShard.load(str(path / name)), name
     except Exception as failed:  # noqa: BLE001 - the engine raises bare Exception
         raise Corrupt(str(path / name), f"can't be opened: {failed}") from None
 
 
-def _create(path: Path, spec: IndexSpec) -> qe.EdgeShard:
+def _create(path: Path, spec: IndexSpec) -> None:
+    """An empty engine folder; a crash on the way leaves one that is begun anew."""
+    begun = layout.begin(path)
     shard = qe.EdgeShard.create(
-        str(path),
+        str(begun),
         qe.EdgeConfig(
             vectors={DENSE: qe.EdgeVectorParams(size=spec.dim, distance=qe.Distance.Cosine)},
+            payload_memory=qe.Memory.Cached,
             sparse_vectors={SPARSE: qe.EdgeSparseVectorParams(modifier=qe.Modifier.Idf)},
+            # Every search is of one tenant: a graph per tenant that is large enough for one, and
+            # none over all tenants, which nothing would walk.
+            hnsw_config=qe.HnswIndexConfig(
+                m=0, payload_m=16, ef_construct=100, full_scan_threshold=FULL_SCAN_KIB
+            ),
             wal_enabled=True,
         ),
     )
-    shard.update(
-        qe.UpdateOperation.create_field_index("tenant", qe.KeywordIndexParams(is_tenant=True))
-    )
+    tenant = qe.KeywordIndexParams(is_tenant=True)
+    shard.update(qe.UpdateOperation.create_field_index("tenant", tenant))
     for field in KEYWORDS:
-        shard.update(qe.UpdateOperation.create_field_index(field, qe.KeywordIndexParams()))
+        keyword = qe.KeywordIndexParams(enable_hnsw=False)
+        shard.update(qe.UpdateOperation.create_field_index(field, keyword))
     for field in INTEGERS:
-        shard.update(qe.UpdateOperation.create_field_index(field, qe.IntegerIndexParams()))
-    return shard
-
-
-def _current(path: Path) -> str:
-    name = (path / "current").read_text().strip()
-    if not name.startswith("engine-") or "/" in name:
-        raise Corrupt(str(path / "current"), f"names no engine folder: {name[:40]!r}")
-    return name
-
-
-def _next_name(name: str | None) -> str:
-    number = 0 if name is None else int(name.removeprefix("engine-")) + 1
-    return f"engine-{number:06d}"
-
-
-def _write(path: Path, text: str) -> None:
-    """Replace a small file: whole or not at all, also at a loss of power."""
-    temporary = path.with_suffix(".new")
-    with open(temporary, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+        integer = qe.IntegerIndexParams(enable_hnsw=False)
+        shard.update(qe.UpdateOperation.create_field_index(field, integer))
+    shard.flush()
+    shard.close()
+    layout.adopt(path, begun)
 
 
 def _translated(failed: Exception, path: Path) -> Exception:

@@ -11,7 +11,7 @@ import numpy as np
 from memcube.filters import And, Compare, FieldType, Filter, Not, Op, Or, field_type
 from memcube.ids import CubeId, TenantId
 from memcube.tiers import bm25
-from memcube.tiers.payload import as_time, payload_of, stored_cube
+from memcube.tiers.payload import as_float, as_time, micros, payload_of, stored_cube
 from memcube.tiers.plaintext import (
     IndexedCube,
     IndexSpec,
@@ -194,6 +194,8 @@ def _holds(element: Any, op: Op, value: Any, field: str) -> bool:
     if op is Op.IN:
         return any(_holds(element, Op.EQ, one, field) for one in value)
     if op is Op.EQ:
+        if isinstance(element, datetime):
+            return _ordered(element) == _ordered(value)
         return _kind(element) == _kind(value) and element == value
     if op is Op.CONTAINS:
         if isinstance(element, str) and isinstance(value, str):
@@ -201,14 +203,19 @@ def _holds(element: Any, op: Op, value: Any, field: str) -> bool:
         return _kind(element) == _kind(value) and element == value
     if isinstance(value, datetime) and isinstance(element, str):
         element = as_time(element)
-    if element is None or _kind(element) != _kind(value):
+    if element is None or _kind(element) != _kind(value) or element != element:
         return False
+    given, bound = _ordered(element), _ordered(value)
     return {
-        Op.GT: element > value,
-        Op.GTE: element >= value,
-        Op.LT: element < value,
-        Op.LTE: element <= value,
+        Op.GT: given > bound,
+        Op.GTE: given >= bound,
+        Op.LT: given < bound,
+        Op.LTE: given <= bound,
     }[op]
+
+
+def _ordered(value: Any) -> float:
+    return as_float(micros(value) if isinstance(value, datetime) else value)
 
 
 def _kind(value: Any) -> str:

@@ -4,16 +4,22 @@ Metadata keys and values come from callers and may hold anything, so none is eve
 path: a key is hashed, and ``key = value`` is one keyword, the hash of both with the value's type.
 Numbers and times of metadata lie under their key's hash for ranges, texts for ``contains``. The
 metadata itself is kept as JSON text, exactly as given. Objects inside it are kept, not filtered.
-Times are integers of microseconds, exact in the float64 that the engine compares ranges in.
+
+The engine compares ranges in float64, so ``as_float`` is the order of all numbers: integers from
+2**53 on, and times (microseconds since 1970) after the year 2255, are rounded in ranges; equality in
+metadata is exact. The engine also reads a float of 17 digits back with an error in the last place
+(one in ten, measured), so a metadata number lies as two whole numbers in the same order. Lone surrogates, which no UTF-8 engine can hold, are moved to the last private
+plane (``encodable``), and a NaN compares to nothing: no content can make a put fail.
 """
 
 import json
 import re
+import struct
+import sys
 from collections.abc import Mapping
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from types import ModuleType
-from typing import Any
-from uuid import UUID
+from typing import Any, TypeGuard
 
 from memcube.filters import And, Compare, FieldType, Filter, Not, Op, Or, Scalar, field_type
 from memcube.ids import CubeId, TenantId, digest
@@ -23,18 +29,35 @@ DENSE, SPARSE = "dense", "bm25"
 KEYWORDS = ("id", "user_id", "agent_id", "run_id", "kind", "state", "role", "speaker", "tags", "eq")
 INTEGERS = ("created_at", "updated_at", "event_time", "expires_at", "version", "slot")
 _TIMES = ("created_at", "updated_at", "event_time", "expires_at")
+_INTERNAL = frozenset(("tenant", "text", "eq", "numbers", "times", "texts", "metadata"))
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_INTEGER_LIMIT = 2**63
 _DATE = re.compile(r"\d{4}-\d{2}-\d{2}")
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 def point_id(tenant: TenantId, id: CubeId) -> str:
     """The id of a cube's point. No tenant's put can reach another tenant's point."""
-    return str(UUID(hex=digest("point", tenant, id)[:32]))
+    h = digest("point", tenant, id)
+    return f"{h[:8]}-{h[8:12]}-{h[12:16]}-{h[16:20]}-{h[20:32]}"
 
 
 def micros(time: datetime) -> int:
     delta = time - _EPOCH
     return (delta.days * 86_400 + delta.seconds) * 1_000_000 + delta.microseconds
+
+
+def as_float(value: float) -> float:
+    """A number as ranges compare it: float64, what is beyond its reach at the outermost value."""
+    most = sys.float_info.max
+    return float(max(-most, min(most, value)))
+
+
+def encodable(text: str) -> str:
+    """The text with each lone surrogate U+Dxxx as U+10Dxxx; most texts have none."""
+    if text.isascii() or not _SURROGATE.search(text):
+        return text
+    return _SURROGATE.sub(lambda found: chr(0x10_0000 + ord(found[0])), text)
 
 
 def payload_of(cube: IndexedCube) -> dict[str, Any]:
@@ -43,7 +66,7 @@ def payload_of(cube: IndexedCube) -> dict[str, Any]:
         "tenant": cube.tenant,
         "id": cube.id,
         "version": cube.version,
-        "text": cube.text,
+        "text": encodable(cube.text),
         "kind": cube.kind,
         "state": cube.state,
         "created_at": micros(cube.created_at),
@@ -52,23 +75,23 @@ def payload_of(cube: IndexedCube) -> dict[str, Any]:
     for name in ("user_id", "agent_id", "run_id", "role", "speaker", "slot", "thread", "seq"):
         value = getattr(cube, name)
         if value is not None:
-            payload[name] = value
+            payload[name] = encodable(value) if isinstance(value, str) else value
     for name in ("event_time", "expires_at"):
         value = getattr(cube, name)
         if value is not None:
             payload[name] = micros(value)
     if cube.tags:
-        payload["tags"] = list(cube.tags)
+        payload["tags"] = [encodable(tag) for tag in cube.tags]
     if cube.metadata:
-        payload["metadata"] = json.dumps(cube.metadata, ensure_ascii=False)
+        payload["metadata"] = json.dumps(dict(cube.metadata))
         payload |= _filterable(cube.metadata)
     return payload
 
 
 def _filterable(metadata: Mapping[str, Any]) -> dict[str, Any]:
     eq: list[str] = []
-    numbers: dict[str, list[float]] = {}
-    times: dict[str, list[int]] = {}
+    numbers: dict[str, list[dict[str, int]]] = {}
+    times: dict[str, list[dict[str, int]]] = {}
     texts: dict[str, list[str]] = {}
     for key, value in metadata.items():
         slot = _key(key)
@@ -76,23 +99,19 @@ def _filterable(metadata: Mapping[str, Any]) -> dict[str, Any]:
             if isinstance(element, bool | int | float | str):
                 eq.append(_token(key, element))
             if isinstance(element, str):
-                texts.setdefault(slot, []).append(element)
+                texts.setdefault(slot, []).append(encodable(element))
                 time = _as_time(element)
                 if time is not None:
-                    times.setdefault(slot, []).append(micros(time))
-            elif isinstance(element, int | float) and not isinstance(element, bool):
-                numbers.setdefault(slot, []).append(element)
+                    times.setdefault(slot, []).append(_halves(micros(time)))
+            elif _is_number(element):
+                numbers.setdefault(slot, []).append(_halves(element))
     named = {"eq": eq, "numbers": numbers, "times": times, "texts": texts}
     return {name: value for name, value in named.items() if value}
 
 
 def stored_cube(payload: Mapping[str, Any], vector: Vector | None = None) -> StoredCube:
     """A cube of what the index gave back; times are datetimes again."""
-    kept = {
-        name: value
-        for name, value in payload.items()
-        if name not in ("tenant", "text", "eq", "numbers", "times", "texts", "metadata")
-    }
+    kept = {name: value for name, value in payload.items() if name not in _INTERNAL}
     for name in _TIMES:
         if name in kept:
             kept[name] = _moment(kept[name])
@@ -107,7 +126,7 @@ def stored_cube(payload: Mapping[str, Any], vector: Vector | None = None) -> Sto
 
 
 def _moment(value: int) -> datetime:
-    return datetime.fromtimestamp(value // 1_000_000, UTC).replace(microsecond=value % 1_000_000)
+    return _EPOCH + timedelta(microseconds=value)
 
 
 def as_time(value: object) -> datetime | None:
@@ -125,6 +144,17 @@ def _as_time(text: str) -> datetime | None:
     return parsed if parsed.tzinfo else parsed.replace(tzinfo=UTC)
 
 
+def _is_number(value: object) -> TypeGuard[int | float]:
+    return isinstance(value, int | float) and not isinstance(value, bool) and value == value
+
+
+def _halves(value: float) -> dict[str, int]:
+    """A number as two whole numbers of 32 bits that compare, high before low, as the number does."""
+    (bits,) = struct.unpack(">q", struct.pack(">d", as_float(value) + 0.0))
+    place = bits if bits >= 0 else bits ^ 0x7FFF_FFFF_FFFF_FFFF
+    return {"high": place >> 32, "low": place & 0xFFFF_FFFF}
+
+
 def _key(key: str) -> str:
     return "k" + digest("key", key)[:24]
 
@@ -134,8 +164,8 @@ def _token(key: str, value: Scalar) -> str:
     if isinstance(value, bool):
         return digest("eq", key, "bool", str(value))[:32]
     if isinstance(value, int | float):
-        number = int(value) if value == value // 1 and abs(value) < 1e300 else value
-        return digest("eq", key, "number", repr(number))[:32]
+        whole = isinstance(value, int) or value.is_integer()
+        return digest("eq", key, "number", hex(int(value)) if whole else repr(value))[:32]
     return digest("eq", key, "text", str(value))[:32]
 
 
@@ -156,7 +186,8 @@ class FilterTranslator:
 
     def any_of(self, field: str, values: list[str] | list[int]) -> Any:
         """A condition: the field is one of the values."""
-        match = self._m.MatchAny(values) if self._positional else self._m.MatchAny(any=values)
+        known = [encodable(v) if isinstance(v, str) else v for v in values]
+        match = self._m.MatchAny(known) if self._positional else self._m.MatchAny(any=known)
         return self._m.FieldCondition(key=field, match=match)
 
     def node(self, where: Filter) -> Any:
@@ -181,15 +212,21 @@ class FilterTranslator:
             return self._metadata(c.field.removeprefix("metadata."), c)
         if kind is FieldType.TIME:
             return self._time(c)
+        if kind is FieldType.INTEGER and c.op in (Op.EQ, Op.IN, Op.CONTAINS):
+            return self._one_of_integers(c)
         if c.op is Op.IN and isinstance(c.value, tuple):
-            return self.any_of(c.field, list(c.value))  # type: ignore[arg-type]
+            return self.any_of(c.field, [str(value) for value in c.value])
         if c.op is Op.EQ:
             return self._match(c.field, c.value)
         if c.op is Op.CONTAINS:
-            if kind is FieldType.INTEGER:
-                return self._match(c.field, c.value)
             return self._substring(c.field, str(c.value))
         return self._range(c.field, **{c.op: c.value})
+
+    def _one_of_integers(self, c: Compare) -> Any:
+        values = c.value if isinstance(c.value, tuple) else (c.value,)
+        held = [v for v in values if isinstance(v, int) and abs(v) < _INTEGER_LIMIT]
+        # Nothing has the empty text as its id: a condition that no cube meets.
+        return self.any_of(c.field, held) if held else self._match("id", "")
 
     def _time(self, c: Compare) -> Any:
         if isinstance(c.value, tuple):
@@ -214,14 +251,32 @@ class FilterTranslator:
                 return equal
             return self._m.Filter(should=[equal, self._substring(f"texts.{slot}", c.value)])
         if isinstance(c.value, datetime):
-            return self._range(f"times.{slot}", **{c.op: micros(c.value)})
-        return self._range(f"numbers.{slot}", **{c.op: c.value})
+            return self._element(f"times.{slot}", c.op, micros(c.value))
+        assert isinstance(c.value, int | float)
+        return self._element(f"numbers.{slot}", c.op, c.value)
+
+    def _element(self, field: str, op: Op, bound: float) -> Any:
+        """An element of the list lies beyond the bound: its high half does, or its low half decides."""
+        half = _halves(bound)
+        strict = {Op.GTE: Op.GT, Op.LTE: Op.LT}.get(op, op)
+        level = self._m.Filter(
+            must=[
+                self._range("high", gte=half["high"], lte=half["high"]),
+                self._range("low", **{op: half["low"]}),
+            ]
+        )
+        within = self._m.Filter(should=[self._range("high", **{strict: half["high"]}), level])
+        if self._positional:
+            return self._m.NestedCondition(field, within)
+        return self._m.NestedCondition(nested=self._m.Nested(key=field, filter=within))
 
     def _match(self, field: str, value: Any) -> Any:
+        value = encodable(value) if isinstance(value, str) else value
         match = self._m.MatchValue(value) if self._positional else self._m.MatchValue(value=value)
         return self._m.FieldCondition(key=field, match=match)
 
     def _substring(self, field: str, value: str) -> Any:
+        value = encodable(value)
         substring = (
             self._m.MatchSubstring(value)
             if self._positional
@@ -232,5 +287,5 @@ class FilterTranslator:
     def _range(self, field: str, **bounds: Any) -> Any:
         kind = self._m.RangeFloat if self._positional else self._m.Range
         return self._m.FieldCondition(
-            key=field, range=kind(**{str(op): float(value) for op, value in bounds.items()})
+            key=field, range=kind(**{str(op): as_float(value) for op, value in bounds.items()})
         )

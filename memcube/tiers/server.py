@@ -1,7 +1,9 @@
 """The plaintext store on a Qdrant server or cluster, through ``AsyncQdrantClient``.
 
 Qdrant's own keys don't separate tenants inside a collection: every call here adds the tenant to the
-filter. Needs a server that knows ``substring`` matches and scoped IDF (1.18 and newer). The tests run
+filter. Needs a server of 1.20 or newer: it matches substrings (1.20, by case and by character, without
+an index by reading the payload) and counts document frequencies within a filter (1.19). An older server
+could ignore the latter and score by other tenants' cubes, so it is refused. The tests run
 on the client's local mode, which evaluates the same requests in Python, and on a real server where
 ``QDRANT_URL`` names one; local mode is never used for users' data (it unpickles its files).
 """
@@ -45,6 +47,7 @@ T = TypeVar("T")
 SLICE = 64
 SCROLL = 1_000
 MAX_TOMBSTONES = 200_000
+OLDEST = (1, 20)
 _filters = FilterTranslator(models, positional=False)
 
 
@@ -66,15 +69,20 @@ class ServerStore:
 
         Raises:
             Conflict: the collection was built with another embedder.
-            Unavailable: the server does not answer.
+            Unavailable: the server does not answer, or is too old.
         """
         store = cls(client, spec, name=name)
+        version = (await store._answer(client.info())).version
+        if _release(version) < OLDEST:
+            needed = ".".join(map(str, OLDEST))
+            raise Unavailable(f"the Qdrant server is {version}; {needed} or newer is needed")
         if not await store._answer(client.collection_exists(name)):
             await store._answer(store._create(local))
         found = await store._answer(client.get_collection(name))
-        held = (found.config.metadata or {}).get("embedder")
-        if held != spec.embedder:
-            raise Conflict(f"collection {name} holds vectors of {held}, not of {spec.embedder}")
+        stated = found.config.metadata or {}
+        held, wanted = (stated.get("embedder"), stated.get("dim")), (spec.embedder, spec.dim)
+        if held != wanted:
+            raise Conflict(f"collection {name} holds vectors of {held}, not of {wanted}")
         return store
 
     async def _create(self, local: bool) -> None:
@@ -84,20 +92,24 @@ class ServerStore:
                 DENSE: models.VectorParams(size=self.spec.dim, distance=models.Distance.COSINE)
             },
             sparse_vectors_config={SPARSE: models.SparseVectorParams(modifier=models.Modifier.IDF)},
-            metadata={"embedder": self.spec.embedder},
+            metadata={"embedder": self.spec.embedder, "dim": self.spec.dim},
+            # A graph per tenant large enough for one, none over all: every search is of one tenant.
+            hnsw_config=models.HnswConfigDiff(m=0, payload_m=16),
         )
         if local:
             return
         tenant = models.KeywordIndexParams(type=models.KeywordIndexType.KEYWORD, is_tenant=True)
         await self._client.create_payload_index(self._name, "tenant", tenant, wait=True)
         for field in KEYWORDS:
-            await self._client.create_payload_index(
-                self._name, field, models.PayloadSchemaType.KEYWORD, wait=True
+            keyword = models.KeywordIndexParams(
+                type=models.KeywordIndexType.KEYWORD, enable_hnsw=False
             )
+            await self._client.create_payload_index(self._name, field, keyword, wait=True)
         for field in INTEGERS:
-            await self._client.create_payload_index(
-                self._name, field, models.PayloadSchemaType.INTEGER, wait=True
+            integer = models.IntegerIndexParams(
+                type=models.IntegerIndexType.INTEGER, lookup=True, range=True, enable_hnsw=False
             )
+            await self._client.create_payload_index(self._name, field, integer, wait=True)
 
     async def put(self, cubes: Sequence[IndexedCube]) -> None:
         check_vectors(cubes, self.spec.dim)
@@ -253,6 +265,7 @@ class ServerStore:
                 query=vector.tolist(),
                 using=DENSE,
                 query_filter=wanted,
+                search_params=models.SearchParams(exact=True),
                 limit=len(slots),
                 with_payload=["id", "slot"],
             )
@@ -325,6 +338,10 @@ class ServerStore:
             if refused.status_code in (429, 500, 502, 503, 504):
                 raise Unavailable(f"the Qdrant server answered {refused.status_code}") from None
             raise
+
+
+def _release(version: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in version.split("-")[0].split(".")[:2])
 
 
 def _scored(points: Sequence[models.ScoredPoint]) -> list[Scored]:

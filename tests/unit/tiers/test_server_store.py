@@ -4,7 +4,7 @@ import os
 import uuid
 
 import pytest
-from qdrant_client import AsyncQdrantClient
+from qdrant_client import AsyncQdrantClient, models
 
 from memcube.errors import Conflict, Unavailable
 from memcube.testing.plaintext_contract import SPEC, PlaintextContract
@@ -22,7 +22,7 @@ class TestServerStoreOnLocalMode(PlaintextContract):
     async def test_another_embedder_is_refused(self):
         client = AsyncQdrantClient(":memory:")
         await ServerStore.open(client, SPEC, name="c", local=True)
-        with pytest.raises(Conflict, match="not of other@1"):
+        with pytest.raises(Conflict, match=r"test@1.*other@1"):
             await ServerStore.open(
                 client, IndexSpec(embedder="other@1", dim=8), name="c", local=True
             )
@@ -40,6 +40,17 @@ class TestServerStoreOnAServer(PlaintextContract):
         yield store
         await client.delete_collection(name)
         await store.close()
+
+
+async def test_a_server_that_would_ignore_the_scope_of_frequencies_is_refused(monkeypatch):
+    client = AsyncQdrantClient(":memory:")
+
+    async def info():
+        return models.VersionInfo(title="qdrant", version="1.18.2-dev")
+
+    monkeypatch.setattr(client, "info", info)
+    with pytest.raises(Unavailable, match=r"1\.20 or newer"):
+        await ServerStore.open(client, SPEC, name="c", local=True)
 
 
 async def test_a_server_that_does_not_answer_is_unavailable():
