@@ -17,7 +17,6 @@ from memcube.cli import evaluate, files, keys, memories, serve
 from memcube.cli.connection import Connection
 from memcube.cli.output import as_lines, fail, print_json, safe
 from memcube.client import Unreachable
-from memcube.client.address import data_dir_of
 from memcube.errors import MemCubeError
 
 app = typer.Typer(
@@ -46,11 +45,11 @@ def _options(
     ] = None,
     data: Annotated[
         Path | None,
-        typer.Option(help="Where serve.json lies. (default: MEMCUBE_HOME, else ./.memcube)"),
+        typer.Option(help="The data folder. (default: MEMCUBE_HOME, else ./.memcube)"),
     ] = None,
 ) -> None:
     transport = context.obj
-    context.obj = Connection(url=url, api_key=key, data_dir=data_dir_of(data), transport=transport)
+    context.obj = Connection(url=url, api_key=key, given_data_dir=data, transport=transport)
 
 
 @app.command()
@@ -90,4 +89,7 @@ def main(
         sys.exit(3)
     except MemCubeError as error:
         fail(error)
+        sys.exit(1)
+    except OSError as refused:
+        fail(f"{refused.filename or 'input or output'}: {refused.strerror or refused}")
         sys.exit(1)

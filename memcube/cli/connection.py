@@ -8,6 +8,7 @@ import httpx
 import typer
 
 from memcube.client import AsyncMemCubeClient, MemCubeClient
+from memcube.client.address import data_dir_of
 
 User = Annotated[str | None, typer.Option("--user", "-u", help="Whose memory.")]
 Agent = Annotated[str | None, typer.Option("--agent", help="Which agent's memory.")]
@@ -22,8 +23,12 @@ class Connection:
 
     url: str | None
     api_key: str | None = field(repr=False)
-    data_dir: Path
+    given_data_dir: Path | None
     transport: httpx.MockTransport | None = None
+
+    @property
+    def data_dir(self) -> Path:
+        return data_dir_of(self.given_data_dir)
 
     def open(self) -> MemCubeClient:
         return MemCubeClient(

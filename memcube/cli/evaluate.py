@@ -60,6 +60,8 @@ def locomo(
 
       memcube eval locomo locomo.json --systems hybrid --conversation conv-26
     """
+    if json is not None and not json.absolute().parent.is_dir():
+        raise typer.BadParameter(f"no such folder: {json.parent}", param_hint="--json")
     modes = [mode.strip() for mode in systems.split(",") if mode.strip()]
     chosen = _chosen(load_locomo(file), conversation or [])
     with context.obj.open() as client, progress_bar("items") as bar:

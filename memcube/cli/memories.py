@@ -68,7 +68,7 @@ def add(
 
       cat notes.txt | memcube add - --user ann
     """
-    content = sys.stdin.read() if text == "-" else text
+    content = _stdin() if text == "-" else text
     if role is None and (name or time):
         raise typer.BadParameter("--name and --time belong to a message; give --role too")
     when = time.replace(tzinfo=UTC) if time else None
@@ -278,6 +278,13 @@ def _json_object(text: str | None, option: str) -> dict[str, Any] | None:
     if not isinstance(value, dict):
         raise typer.BadParameter("expected a JSON object", param_hint=option)
     return value
+
+
+def _stdin() -> str:
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError:
+        raise typer.BadParameter("is not UTF-8", param_hint="stdin") from None
 
 
 def _short(text: str) -> str:

@@ -30,7 +30,7 @@ def print_json(value: Any) -> None:
     typer.echo(json.dumps(to_json(value), ensure_ascii=False, indent=2))
 
 
-def fail(error: Exception) -> None:
+def fail(error: Exception | str) -> None:
     """One line on stderr."""
     typer.echo(f"memcube: {safe(' '.join(str(error).split()))}", err=True)
 
@@ -54,8 +54,10 @@ def print_cube(cube: Cube | Hit, *, before: str = "") -> None:
 
 
 def as_lines(value: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    """Nested values as ``a.b: value`` lines."""
+    """Nested values as ``a.b: value`` and ``a.0.b: value`` lines."""
     for name, inner in value.items():
+        if isinstance(inner, list) and any(isinstance(entry, Mapping) for entry in inner):
+            inner = {str(place): entry for place, entry in enumerate(inner)}
         if isinstance(inner, Mapping):
             yield from as_lines(inner, f"{prefix}{name}.")
         else:

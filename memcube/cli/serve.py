@@ -20,12 +20,16 @@ class NotInstalled(Unavailable):
 
 
 def serve(
+    context: typer.Context,
     overrides: Annotated[
         list[str] | None, typer.Argument(help="Settings such as http.port=9000.")
     ] = None,
     config: Annotated[Path | None, typer.Option(help="A YAML file with settings.")] = None,
     data: Annotated[
         Path | None, typer.Option(help="Where the data lies. (default: MEMCUBE_HOME, ./.memcube)")
+    ] = None,
+    port: Annotated[
+        int | None, typer.Option(min=0, max=65535, help="The HTTP port; 0 takes a free one.")
     ] = None,
 ) -> None:
     """Start the system here and run it until Ctrl-C. From a checkout: `make serve`.
@@ -34,15 +38,24 @@ def serve(
 
       memcube serve
 
-      memcube serve --data ~/memories http.port=9000
+      memcube serve --data ~/memories --port 9000
+
+      memcube serve plaintext.shards=2
     """
     root = Path(memcube.__file__).parents[1]
-    command, environ = server_command(root, overrides or [], config=config, data=data)
+    folder = data or context.obj.given_data_dir
+    command, environ = server_command(root, overrides or [], config=config, data=folder, port=port)
+    sys.stdout.flush()
     os.execve(command[0], command, environ)
 
 
 def server_command(
-    root: Path, overrides: list[str], *, config: Path | None, data: Path | None
+    root: Path,
+    overrides: list[str],
+    *,
+    config: Path | None,
+    data: Path | None,
+    port: int | None,
 ) -> tuple[list[str], dict[str, str]]:
     """The server's command line and environment.
 
@@ -61,6 +74,8 @@ def server_command(
         command += ["--config", str(config)]
     if data is not None:
         command += ["--data", str(data)]
+    if port is not None:
+        command += ["--port", str(port)]
     known = os.environ.get("PYTHONPATH")
     path = os.pathsep.join([str(root), *([known] if known else [])])
     return [*command, *overrides], {**os.environ, "PYTHONPATH": path}

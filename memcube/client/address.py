@@ -58,12 +58,21 @@ def find_address(
 
     Raises:
         Unreachable: there is no address anywhere.
-        BadRequest: the URL is none.
+        BadRequest: the URL is none, or the key can't stand in a header.
+        Corrupt: serve.json is needed and broken.
     """
     path = data_dir_of(data_dir, environ=environ) / "serve.json"
-    local = _read(path)
     given = url or environ.get("MEMCUBE_URL")
     key = api_key or environ.get("MEMCUBE_API_KEY")
+    if key is not None and not is_header_text(key):
+        # The key itself must not reach a log by way of this text.
+        raise BadRequest("holds something else than printable ASCII characters", "api_key")
+    try:
+        local = _read(path)
+    except (BadRequest, Corrupt):
+        if given is None or key is None:
+            raise
+        local = None
     if given is None:
         if local is None:
             raise Unreachable(
@@ -75,6 +84,11 @@ def find_address(
     if local is not None and local.url == given:
         return Address(url=given, api_key=key or local.api_key, pid=local.pid)
     return Address(url=given, api_key=key)
+
+
+def is_header_text(text: str) -> bool:
+    """Whether a text can be the value of an HTTP header."""
+    return text.isascii() and text.isprintable()
 
 
 def _read(path: Path) -> Address | None:

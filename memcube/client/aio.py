@@ -119,7 +119,7 @@ class AsyncMemCubeClient:
             except TimeoutError:
                 late = httpx.ReadTimeout("deadline", request=request)
                 outcome = tries.failed(late, now=time.monotonic())
-            except httpx.TransportError as failure:
+            except httpx.RequestError as failure:
                 outcome = tries.failed(failure, now=time.monotonic())
             else:
                 outcome = tries.answered(response, now=time.monotonic())

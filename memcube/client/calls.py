@@ -14,6 +14,7 @@ from uuid import uuid4
 
 import httpx
 
+from memcube.client.address import is_header_text
 from memcube.client.retry import TRANSIENT, Call, Repeat
 from memcube.client.types import (
     AddResult,
@@ -36,6 +37,8 @@ from memcube.client.types import (
 from memcube.errors import BadRequest, Corrupt
 
 T = TypeVar("T")
+
+MAX_KEY_CHARS = 255
 
 _UNSET: Any = type("Unset", (), {"__repr__": lambda self: "<unchanged>"})()
 AnyMessage = Message | Mapping[str, Any]
@@ -445,11 +448,20 @@ def _given(**values: Any) -> dict[str, Any]:
 
 def _body(value: Mapping[str, Any]) -> bytes:
     try:
-        return json.dumps(value, ensure_ascii=False, allow_nan=False, default=to_json).encode()
+        return json.dumps(value, ensure_ascii=False, allow_nan=False, default=_plain).encode()
+    except RecursionError:
+        raise BadRequest("nested too deeply", "body") from None
     except ValueError:
         raise BadRequest(
             "holds NaN, infinity or half of a surrogate pair, which JSON can't carry", "body"
         ) from None
+
+
+def _plain(value: Any) -> Any:
+    plain = to_json(value)
+    if plain is value:
+        raise BadRequest(f"a {type(value).__name__} can't be sent as JSON", "body")
+    return plain
 
 
 def _part(id: str) -> str:
@@ -471,6 +483,8 @@ def _get(path: str, parse: Callable[[httpx.Response], T], **params: Any) -> Call
 def _keyed(
     path: str, body: Mapping[str, Any], parse: Callable[[httpx.Response], T], key: str | None
 ) -> Call[T]:
+    if key is not None and not (is_header_text(key) and 0 < len(key) <= MAX_KEY_CHARS):
+        raise BadRequest(f"1 to {MAX_KEY_CHARS} printable ASCII characters", "idempotency_key")
     headers = {"Idempotency-Key": key if key is not None else str(uuid4())}
     return Call(method="POST", path=path, body=_body(body), headers=headers, parse=parse)
 
@@ -499,7 +513,7 @@ def _as(kind: type[T]) -> Callable[[httpx.Response], T]:
 def _json(response: httpx.Response) -> Any:
     try:
         return json.loads(response.content)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise Corrupt(
             str(response.url), "answered with something that is no JSON; is it a memcube server?"
         ) from None
@@ -513,7 +527,10 @@ def _object(response: httpx.Response) -> dict[str, Any]:
 
 
 def _num_deleted(response: httpx.Response) -> int:
-    return int(_object(response).get("deleted", 0))
+    deleted = _object(response).get("deleted")
+    if not isinstance(deleted, int):
+        raise Corrupt(str(response.url), "does not say how many were deleted")
+    return deleted
 
 
 def _keys(response: httpx.Response) -> tuple[ApiKey, ...]:

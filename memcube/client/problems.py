@@ -87,7 +87,7 @@ def retry_after_s(response: httpx.Response) -> float | None:
 def _body(response: httpx.Response) -> dict[str, Any]:
     try:
         body = json.loads(response.content)
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return body if isinstance(body, dict) else {}
 

@@ -24,7 +24,7 @@ from typing import Generic, TypeVar
 import httpx
 
 from memcube.client.problems import OutcomeUnknown, Unreachable, problem_error, retry_after_s
-from memcube.errors import BadRequest, MemCubeError
+from memcube.errors import BadRequest, Corrupt, MemCubeError
 
 T = TypeVar("T")
 
@@ -130,12 +130,15 @@ class Tries(Generic[T]):
             raise problem_error(response)
         return Again(wait_s)
 
-    def failed(self, failure: httpx.TransportError, *, now: float) -> Again:
+    def failed(self, failure: httpx.RequestError, *, now: float) -> Again:
         """What follows from a request that got no response.
 
         Raises:
-            MemCubeError: Unreachable or OutcomeUnknown, when it is not tried again.
+            MemCubeError: Unreachable or OutcomeUnknown, when it is not tried again; Corrupt for a
+                response that can't be decoded.
         """
+        if isinstance(failure, httpx.DecodingError):
+            raise Corrupt(str(failure.request.url), f"the answer can't be decoded: {failure}")
         self._tried += 1
         not_sent = isinstance(failure, NOT_SENT)
         if not not_sent:
@@ -154,7 +157,7 @@ class Tries(Generic[T]):
         wait_s = max(ceiling * self._draw(), at_least_s or 0.0)
         return wait_s if now + wait_s < self._ends else None
 
-    def _given_up(self, failure: httpx.TransportError) -> MemCubeError:
+    def _given_up(self, failure: httpx.RequestError) -> MemCubeError:
         why = str(failure) or type(failure).__name__
         tries = "" if self._tried == 1 else f" in {self._tried} tries"
         if not self._maybe_done:

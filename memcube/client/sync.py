@@ -132,7 +132,7 @@ class MemCubeClient:
             request = to_request(self._http, call, timeout_s)
             try:
                 response = self._http.send(request)
-            except httpx.TransportError as failure:
+            except httpx.RequestError as failure:
                 outcome = tries.failed(failure, now=time.monotonic())
             else:
                 outcome = tries.answered(response, now=time.monotonic())

@@ -339,6 +339,10 @@ def _value(hint: Any, value: Any, name: str) -> Any:
         if not isinstance(value, list):
             raise Corrupt("the server's answer", f"expected an array for {name!r}")
         return tuple(_value(typing.get_args(hint)[0], inner, name) for inner in value)
+    if origin is Mapping:
+        if not isinstance(value, Mapping):
+            raise Corrupt("the server's answer", f"expected an object for {name!r}")
+        return value
     if hint is datetime:
         try:
             return datetime.fromisoformat(value)

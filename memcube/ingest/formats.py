@@ -16,8 +16,14 @@ from memcube.errors import BadRequest
 from memcube.evaluation.locomo import Conversation, load_locomo
 from memcube.ids import digest
 
+# What the server takes in one add by default. Checked here too, so that a file is refused before
+# half of it is stored.
 MESSAGES_PER_ITEM = 500
-"""What the server takes in one add by default."""
+TEXT_CHARS = 200_000
+NAME_CHARS = 256
+TAG_CHARS = 128
+NUM_TAGS = 64
+METADATA_BYTES = 16_384
 
 _SCOPE = ("user_id", "agent_id", "run_id")
 
@@ -118,6 +124,10 @@ def _read_locomo(path: Path, text: str, target: Target) -> Reading:
         raise BadRequest("LoCoMo files have a run for each session; leave it out", "run")
     records: list[Record] = []
     for conversation in load_locomo(path):
+        for turn in conversation.turns:
+            where = f"{path}: {conversation.id} {turn.id}"
+            _storable(turn.text, where)
+            _name(turn.speaker, "speaker", where)
         shared = target.user_id is not None
         items = locomo_items(
             conversation,
@@ -195,14 +205,17 @@ def _is_conversation(entry: Any) -> bool:
 
 
 def _paragraphs(text: str) -> Iterator[tuple[int, str]]:
-    """Paragraphs with the number of their first line."""
+    """Paragraphs with the number of their first line; one over the limit is cut at line ends."""
     lines: list[str] = []
-    for number, line in enumerate([*text.split("\n"), ""], start=1):
-        if line.strip():
-            lines.append(line.strip())
-        elif lines:
+    num_chars = 0
+    for number, raw in enumerate([*text.split("\n"), ""], start=1):
+        line = raw.strip()
+        if lines and (not line or num_chars + len(line) > TEXT_CHARS):
             yield number - len(lines), "\n".join(lines)
-            lines = []
+            lines, num_chars = [], 0
+        if line:
+            lines.append(line)
+            num_chars += len(line) + 1
 
 
 def _storable(text: str, where: str) -> str:
@@ -213,6 +226,15 @@ def _storable(text: str, where: str) -> str:
         text.encode()
     except UnicodeEncodeError:
         raise BadRequest("holds half of a surrogate pair, which is no character", where) from None
+    if len(text) > TEXT_CHARS:
+        raise BadRequest(f"{len(text):,} characters; at most {TEXT_CHARS:,}", where)
+    return text
+
+
+def _name(text: str, name: str, where: str) -> str:
+    """A text that names something: a role, a speaker, an id."""
+    if not 0 < len(_storable(text, where)) <= NAME_CHARS:
+        raise BadRequest(f"{name!r} must have 1 to {NAME_CHARS} characters", where)
     return text
 
 
@@ -259,7 +281,7 @@ def _string(entry: Mapping[str, Any], name: str, where: str) -> str | None:
     if value is None:
         return None
     if isinstance(value, str):
-        return _storable(value, where)
+        return _name(value, name, where)
     raise BadRequest(f"{name!r} must be a string", where)
 
 
@@ -267,6 +289,8 @@ def _tags(entry: Mapping[str, Any], where: str) -> list[str]:
     tags = entry.get("tags") or []
     if not isinstance(tags, list) or not all(isinstance(tag, str) for tag in tags):
         raise BadRequest("'tags' must be an array of strings", where)
+    if len(tags) > NUM_TAGS or not all(0 < len(_storable(t, where)) <= TAG_CHARS for t in tags):
+        raise BadRequest(f"at most {NUM_TAGS} tags of 1 to {TAG_CHARS} characters", where)
     return tags
 
 
@@ -274,6 +298,11 @@ def _metadata(entry: Mapping[str, Any], where: str) -> dict[str, Any] | None:
     metadata = entry.get("metadata")
     if metadata is not None and not isinstance(metadata, dict):
         raise BadRequest("'metadata' must be an object", where)
+    text = _storable(json.dumps(metadata, ensure_ascii=False), where)
+    if "\\u0000" in text:
+        raise BadRequest("'metadata' can't hold a NUL character", where)
+    if len(text.encode()) > METADATA_BYTES:
+        raise BadRequest(f"'metadata' of at most {METADATA_BYTES:,} bytes", where)
     return metadata
 
 

@@ -7,7 +7,7 @@ import httpx
 import pytest
 
 from memcube.cli import main
-from memcube.cli.output import safe
+from memcube.cli.output import as_lines, safe
 from memcube.cli.serve import NotInstalled, server_command
 from memcube.testing.api import KEY, FakeApi
 
@@ -197,12 +197,36 @@ def test_serve_passes_its_options_to_the_system(tmp_path):
     (tmp_path / "cluster").mkdir()
     (tmp_path / "cluster" / "up.py").touch()
     command, environ = server_command(
-        tmp_path, ["http.port=0"], config=Path("c.yaml"), data=Path("d")
+        tmp_path, ["a.b=1"], config=Path("c.yaml"), data=Path("d"), port=0
     )
-    assert command[1:] == ["-m", "cluster.up", "--config", "c.yaml", "--data", "d", "http.port=0"]
+    options = ["--config", "c.yaml", "--data", "d", "--port", "0"]
+    assert command[1:] == ["-m", "cluster.up", *options, "a.b=1"]
     assert environ["PYTHONPATH"].startswith(str(tmp_path))
+
+
+def test_figures_for_a_folder_that_is_not_there_are_refused_before_anything_is_asked(
+    memcube, api, tmp_path
+):
+    path = tmp_path / "locomo.json"
+    path.write_text("[]")
+    assert memcube("eval", "locomo", str(path), "--json", str(tmp_path / "no" / "f"))[0] == 2
+    assert api.requests == []
+
+
+def test_a_refusal_of_the_file_system_is_one_line(memcube, tmp_path):
+    notes = tmp_path / "notes.txt"
+    notes.write_text("tea")
+    (tmp_path / "data").write_text("a file where the data folder should be")
+    code, _, err = memcube("ingest", str(notes))
+    assert code == 1
+    assert err.count("\n") == 1
+
+
+def test_lists_in_the_status_are_lines_too():
+    told = {"shards": [{"shard": 0, "epoch": 1}], "names": ["a", "b"]}
+    assert list(as_lines(told)) == ["shards.0.shard: 0", "shards.0.epoch: 1", "names: ['a', 'b']"]
 
 
 def test_serve_of_the_clients_wheel_says_where_the_server_is(tmp_path):
     with pytest.raises(NotInstalled, match="make serve"):
-        server_command(tmp_path, [], config=None, data=None)
+        server_command(tmp_path, [], config=None, data=None, port=None)

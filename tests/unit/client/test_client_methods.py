@@ -266,6 +266,48 @@ def test_a_broken_serve_json_is_told(tmp_path):
         find_address(data_dir=tmp_path, environ={})
 
 
+def test_a_broken_serve_json_does_not_matter_to_who_gives_address_and_key(tmp_path):
+    (tmp_path / "serve.json").write_text("{}")
+    assert find_address("http://arg", "key", data_dir=tmp_path, environ={}).pid is None
+    with pytest.raises(Corrupt):
+        find_address("http://arg", data_dir=tmp_path, environ={})
+
+
+@pytest.mark.parametrize("key", ["ключ", "a\nb"])
+def test_what_no_header_can_hold_is_refused_without_being_told(client, key):
+    with pytest.raises(BadRequest) as refused:
+        find_address("http://arg", key, environ={})
+    assert key not in str(refused.value)
+    with pytest.raises(BadRequest, match="idempotency_key"):
+        client.add("a", idempotency_key=key)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        httpx.Response(200, content=b"[" * 100_000),
+        httpx.Response(200, json={"results": [], "took_ms": []}),
+    ],
+)
+def test_an_answer_of_another_form_is_corrupt(answer):
+    transport = httpx.MockTransport(lambda request: answer)
+    with MemCubeClient("http://s", transport=transport) as client, pytest.raises(Corrupt):
+        client.search("a")
+
+
+def test_an_answer_that_cannot_be_decoded_is_corrupt_and_not_asked_again():
+    asked = []
+
+    def broken(request):
+        asked.append(request)
+        raise httpx.DecodingError("incorrect header check", request=request)
+
+    transport = httpx.MockTransport(broken)
+    with MemCubeClient("http://s", transport=transport) as client, pytest.raises(Corrupt):
+        client.search("a")
+    assert len(asked) == 1
+
+
 @pytest.mark.parametrize("module", ["memcube.client", "memcube.cli"])
 def test_importing_it_imports_nothing_of_the_server(module):
     server = "ray torch qdrant_client qdrant_edge sqlalchemy numpy pydantic yaml psutil fastapi"

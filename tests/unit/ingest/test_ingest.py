@@ -116,6 +116,13 @@ def test_message_lines_take_scope_time_and_parts(tmp_path):
         '{"role": "user", "content": "a", "metadata": []}',
         '{"role": "user", "content": "a\\u0000"}',
         '{"role": "user", "content": [{"text": "\\ud800"}]}',
+        '{"role": "", "content": "a"}',
+        json.dumps({"role": "user", "content": "a" * 200_001}),
+        json.dumps({"role": "user", "content": "a", "user_id": "a" * 257}),
+        json.dumps({"role": "user", "content": "a", "tags": [""]}),
+        json.dumps({"role": "user", "content": "a", "tags": ["t"] * 65}),
+        json.dumps({"role": "user", "content": "a", "metadata": {"k": "a" * 16_384}}),
+        json.dumps({"role": "user", "content": "a", "metadata": {"k": "\x00"}}),
     ],
 )
 def test_a_bad_line_is_named_by_its_number(tmp_path, bad):
@@ -127,6 +134,24 @@ def test_a_bad_line_is_named_by_its_number(tmp_path, bad):
 def test_paragraphs_of_a_text_are_facts_of_their_own(tmp_path):
     reading = read_file(write(tmp_path, "one\ntwo\n\n\n three \n"), target=Target(user_id="ann"))
     assert [record.item.text for record in reading.records] == ["one\ntwo", "three"]
+
+
+def test_a_paragraph_over_the_limit_is_cut_at_line_ends_and_a_line_over_it_is_named(tmp_path):
+    long = "\n".join(["a" * 90_000] * 3)
+    reading = read_file(write(tmp_path, long))
+    assert [len(record.item.text or "") for record in reading.records] == [180_001, 90_000]
+    with pytest.raises(BadRequest, match=r"file:2: 200,001 characters"):
+        read_file(write(tmp_path, "one\n" + "a" * 200_001))
+
+
+def test_a_bad_turn_of_a_locomo_file_is_named(tmp_path):
+    broken = json.loads(json.dumps(LOCOMO))
+    broken[1]["conversation"]["session_1"][0]["text"] = "a\x00"
+    with pytest.raises(BadRequest, match=r"conv-2 D1:1: can't hold a NUL"):
+        read_file(write(tmp_path, broken))
+    del broken[1]["conversation"]["session_1_date_time"]
+    with pytest.raises(BadRequest, match=r"conversation 2: .* lacks 'session_1_date_time'"):
+        read_file(write(tmp_path, broken))
 
 
 def test_a_file_that_is_missing_empty_or_not_utf8_is_refused(tmp_path):
