@@ -31,7 +31,9 @@ READY_S = 180.0
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a system; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="memcube serve", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="memcube serve", description=(__doc__ or "").splitlines()[0]
+    )
     parser.add_argument("--config", type=Path, help="a YAML file; see configs/")
     parser.add_argument("--data", type=Path, help="the data folder (default: .memcube)")
     parser.add_argument("--port", type=int, help="the HTTP port; 0 picks a free one")

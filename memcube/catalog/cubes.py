@@ -188,7 +188,9 @@ class Cubes:
             for id in sorted(set(ids)):
                 parent = self._live(connection, tenant, id, now, lock=True)
                 self._move(connection, parent, Event.MERGE, now)
-            results = self._store(connection, tenant, [draft], author=author, now=now, repeats=False)
+            results = self._store(
+                connection, tenant, [draft], author=author, now=now, repeats=False
+            )
             if idempotency is not None:
                 _remember(connection, tenant, idempotency, results, (1,), now)
             return results[0].cube

@@ -5,11 +5,10 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
-from itertools import count
 from typing import Any, TypeVar
 
 import pytest
-import sqlalchemy as sa
+from sqlalchemy import event
 
 from memcube.catalog import Added, Catalog, Change, Idempotency, Role
 from memcube.catalog.cubes import IDEMPOTENCY_KEPT_S, MAX_SOURCES
@@ -106,10 +105,10 @@ def explained(catalog: Catalog, how: str, *, before: str = "SELECT 1") -> list[s
     def note(_connection: object, _cursor: object, sql: str, given: Any, *_: object) -> None:
         seen.append((sql, given))
 
-    sa.event.listen(engine, "before_cursor_execute", note)
+    event.listen(engine, "before_cursor_execute", note)
     pending(catalog)
     removals(catalog)
-    sa.event.remove(engine, "before_cursor_execute", note)
+    event.remove(engine, "before_cursor_execute", note)
     plans = []
     for sql, given in [one for one in seen if one[0].startswith("SELECT")]:
         with catalog._database.reading() as connection:
@@ -292,9 +291,11 @@ class CatalogContract:
         assert [s.ref for s in read.descriptive.sources] == ["1", "2", "4"]
 
     def test_a_repeat_keeps_a_bounded_number_of_sources(self, catalog: Catalog):
-        for n in range(MAX_SOURCES + 5):
-            made = add(catalog, *self._talk("hello", refs=(str(n),))).results[0].cube
-        assert len(catalog.cubes.get(A, made.id, now=NOW).descriptive.sources) == MAX_SOURCES
+        made = [
+            add(catalog, *self._talk("hello", refs=(str(n),))).results[0].cube
+            for n in range(MAX_SOURCES + 5)
+        ]
+        assert len(catalog.cubes.get(A, made[-1].id, now=NOW).descriptive.sources) == MAX_SOURCES
 
     @pytest.mark.parametrize(
         ("first", "second", "wins"),
@@ -331,8 +332,9 @@ class CatalogContract:
         ],
     )
     def test_the_same_text_elsewhere_is_another_cube(self, catalog: Catalog, other: dict):
-        one = add_one(catalog, **{"text": "tea", "user_id": "u"})
-        two = add_one(catalog, **({"text": "tea", "user_id": "u"} | other))
+        described: dict[str, Any] = {"text": "tea", "user_id": "u"}
+        one = add_one(catalog, **described)
+        two = add_one(catalog, **(described | other))
         assert one.id != two.id
 
     def test_the_text_of_a_cube_that_is_gone_is_no_repeat(self, catalog: Catalog):
@@ -371,8 +373,9 @@ class CatalogContract:
         ids=repr,
     )
     def test_what_one_engine_cannot_hold_is_refused_by_all(self, catalog: Catalog, draft: dict):
+        described: dict[str, Any] = {"text": "tea"} | draft
         with pytest.raises(BadRequest):
-            add_one(catalog, **({"text": "tea"} | draft))
+            add_one(catalog, **described)
         assert self._all(catalog) == []
 
     def test_a_text_of_a_million_characters_reads_back(self, catalog: Catalog):
@@ -456,8 +459,10 @@ class CatalogContract:
 
     def test_pages_go_from_new_to_old_and_hold_each_cube_once(self, catalog: Catalog):
         made = [add_one(catalog, f"{n}", now=at(n)).id for n in range(25)]
-        seen, cursor = [], None
-        for pages in count(1):
+        seen: list[CubeId] = []
+        cursor, pages = None, 0
+        while True:
+            pages += 1
             page = catalog.cubes.find(A, now=at(30), limit=10, cursor=cursor)
             seen += [c.id for c in page.cubes]
             cursor = page.next_cursor
@@ -485,9 +490,7 @@ class CatalogContract:
         ids=repr,
     )
     def test_a_list_is_narrowed_by_its_conditions(self, catalog: Catalog, where: dict):
-        wanted = add_one(
-            catalog, "one", **{"user_id": "u", "agent_id": "g", "run_id": "r"}, tags=("x", "y")
-        )
+        wanted = add_one(catalog, "one", user_id="u", agent_id="g", run_id="r", tags=("x", "y"))
         update_kind = Draft(text="two", kind=type(wanted.descriptive.kind)("fact"))
         fact = add(catalog, update_kind).results[0].cube
         archived = add_one(catalog, "three", user_id="v", tags=("z",))
@@ -943,7 +946,7 @@ class CatalogContract:
         assert set(pending(catalog)) == {leaf.id, titled.id}
 
     def test_what_leaves_the_search_is_to_be_removed_from_the_index(self, catalog: Catalog):
-        deleted, archived, expired, merged = made = [
+        deleted, archived, _expired, merged = made = [
             add_one(catalog, f"{n}", expires_at=at(5) if n == 2 else None) for n in range(4)
         ]
         index(catalog, *made)
