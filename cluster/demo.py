@@ -359,17 +359,19 @@ def main(arguments: list[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     folder = Path(tempfile.mkdtemp(prefix="memcube-demo-"))
     tour = Tour(SystemProcess(folder / "data"))
+    keep = given.keep
     try:
         held = run(tour)
-        if given.keep or not held:
+        keep = keep or not held
+        if keep:
             tour.console.print(f"the data, and the system's log, are left in {folder}")
     except KeyboardInterrupt:
         tour.console.print("\nstopped")
         held = False
     finally:
         shutil.rmtree(temp_dir(tour.system.data_dir), ignore_errors=True)
-    if held and not given.keep:
-        shutil.rmtree(folder)
+        if not keep:
+            shutil.rmtree(folder)
     return 0 if held else 1
 
 
