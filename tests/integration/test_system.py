@@ -64,7 +64,7 @@ def test_tenants_lie_on_different_shards_and_never_see_each_other(
     assert found(north, "code word", "u") == ["the code word is heron"]
     assert found(west, "code word", "u") == ["the code word is marten"]
     assert north.get(mine).residency[0].location != west.get(
-        south.search("code word", user_id="u").results[0].id
+        west.search("code word", user_id="u").results[0].id
     ).residency[0].location
     answer = httpx.get(
         f"{system.url}/v1/memories/{mine}", headers={"X-API-Key": west.address.api_key}
