@@ -197,8 +197,10 @@ def _serving(config: Config) -> Iterator[None]:
     try:
         yield
     finally:
-        serve.shutdown()
-        _close(ray, system)
+        # Serve's controller ends in the middle of its last call; Ray tells stdout that it failed.
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+            serve.shutdown()
+            _close(ray, system)
 
 
 def _close(ray: Any, system: Any) -> None:
