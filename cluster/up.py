@@ -41,6 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
         "overrides", nargs="*", metavar="KEY=VALUE", help="such as http.host=0.0.0.0"
     )
     given = parser.parse_args(arguments)
+    os.umask(0o077)  # what is remembered is for the owner of the data folder alone
     overrides = list(given.overrides)
     if given.data or os.environ.get("MEMCUBE_HOME"):
         overrides.append(f"data_dir={json.dumps(str(given.data or os.environ['MEMCUBE_HOME']))}")
