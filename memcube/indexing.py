@@ -132,8 +132,8 @@ class Indexer:
         self, tenant: TenantId, ids: Sequence[CubeId], state: str, *, shard: int
     ) -> None:
         """Tell the index of a new state. If it can't be told, the cubes are put again later."""
-        info = await self.info(shard)
         try:
+            info = await self.info(shard)
             await self._shards(shard).set_state(tenant, ids, state, epoch=info.epoch)
         except (StaleEpoch, Unavailable):
             self._infos.pop(shard, None)

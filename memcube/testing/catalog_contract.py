@@ -11,7 +11,7 @@ import pytest
 from sqlalchemy import event
 
 from memcube.catalog import Added, Catalog, Change, Idempotency, Role
-from memcube.catalog.cubes import IDEMPOTENCY_KEPT_S, MAX_SOURCES
+from memcube.catalog.cubes import IDEMPOTENCY_KEPT_S, MAX_NESTING, MAX_SOURCES
 from memcube.catalog.schema import metadata
 from memcube.cube import Draft, MemCube, Parent, Relation, Shape, Source
 from memcube.errors import (
@@ -20,6 +20,7 @@ from memcube.errors import (
     Frozen,
     IdempotencyMismatch,
     IllegalMove,
+    LimitExceeded,
     NotFound,
     StaleEpoch,
     Unauthenticated,
@@ -404,7 +405,18 @@ class CatalogContract:
         again = add(catalog, Draft(text="one"), Draft(text="two"), idempotency=key)
         assert again.replayed
         assert self._outcome(again) == self._outcome(first)
+        assert again.results[0].cube.text == "one"
+        assert again.results[1].cube.text == ""
         assert len(self._all(catalog)) == 1
+
+    def test_a_retry_tells_a_composite_as_it_was_made(self, catalog: Catalog):
+        key = Idempotency(key="key 1", body_hash="hash")
+        one, two = add_one(catalog, "1").id, add_one(catalog, "2").id
+        draft = Draft(text="both", shape=Shape.COMPOSITE, members=(one, two), tags=("x",))
+        made = add(catalog, draft, idempotency=key).results[0].cube
+        update(catalog, made.id, members=(two,), tags=(), metadata={"n": 1}, now=at(5))
+        again = add(catalog, draft, idempotency=key, now=at(9)).results[0].cube
+        assert again == made
 
     def test_a_key_with_another_body_is_refused(self, catalog: Catalog):
         add(catalog, Draft(text="one"), idempotency=Idempotency(key="k", body_hash="h"))
@@ -471,6 +483,10 @@ class CatalogContract:
         assert seen == made[::-1]
         assert pages == 3
 
+    def test_a_page_keeps_the_order_of_one_call(self, catalog: Catalog):
+        made = [r.cube.id for r in add(catalog, *(Draft(text=f"{n}") for n in range(40))).results]
+        assert [c.id for c in catalog.cubes.find(A, now=NOW, limit=50).cubes] == made[::-1]
+
     def test_a_page_that_ends_exactly_has_no_next(self, catalog: Catalog):
         for n in range(4):
             add_one(catalog, f"{n}")
@@ -517,6 +533,11 @@ class CatalogContract:
         asked = [live, archived, deleted, expired, foreign]
         assert catalog.cubes.live_versions(A, asked, now=at(1)) == {live: 1}
         assert catalog.cubes.live_versions(A, [], now=NOW) == {}
+
+    def test_live_versions_are_told_of_more_cubes_than_a_statement_takes(self, catalog: Catalog):
+        live = add_one(catalog).id
+        asked = [CubeId(f"orphan-{n}") for n in range(66_000)]
+        assert catalog.cubes.live_versions(A, [*asked, live], now=NOW) == {live: 1}
 
     # -- versions ------------------------------------------------------------------------------
 
@@ -716,6 +737,17 @@ class CatalogContract:
             with pytest.raises(BadRequest):
                 update(catalog, inner.id, members=members)
         assert catalog.cubes.get(A, inner.id, now=NOW).version == 1
+
+    def test_composites_nest_to_a_stated_depth_from_above_and_below(self, catalog: Catalog):
+        bottom = chain = [composite(catalog, add_one(catalog).id)]
+        while len(chain) < MAX_NESTING:
+            chain.append(composite(catalog, chain[-1].id))
+        with pytest.raises(LimitExceeded):
+            composite(catalog, chain[-1].id)
+        with pytest.raises(LimitExceeded):
+            update(catalog, bottom[0].id, members=(composite(catalog, add_one(catalog).id).id,))
+        assert catalog.cubes.get(A, bottom[0].id, now=NOW).version == 1
+        update(catalog, bottom[0].id, members=(add_one(catalog, "other").id,))
 
     def test_a_leaf_takes_no_members(self, catalog: Catalog):
         one, two = add_one(catalog, "1"), add_one(catalog, "2")

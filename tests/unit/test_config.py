@@ -112,7 +112,7 @@ def test_a_file_that_holds_no_configuration_is_refused(tmp_path: Path, text: str
 def test_a_file_that_is_no_text_is_refused(tmp_path: Path):
     file = tmp_path / "config.yaml"
     file.write_bytes(b"\xff\xfe\x80")
-    with pytest.raises(BadRequest, match="config.yaml"):
+    with pytest.raises(BadRequest, match=r"config\.yaml"):
         load_config(file)
 
 
