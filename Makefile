@@ -2,9 +2,11 @@
 #
 #   PYTHON  the Python (3.11 or newer) that the virtual environment is made of
 #   ARGS    passed on to the program, such as make serve ARGS="--port 9000"
+#   TESTS   what `make test` runs, such as make test TESTS=tests/unit/test_filters.py
 #   LOCOMO  the conversations that bench-locomo measures on
 PYTHON ?= python3
 ARGS ?=
+TESTS ?= tests
 LOCOMO ?= ../shared/data/locomo/dev.json
 
 VENV := .venv
@@ -52,7 +54,7 @@ demo: setup  ## tour the main job against a bundled conversation, showing what e
 	@$(PY) -m cluster.demo $(ARGS)
 
 test: setup  ## pass the tests: the fast path
-	$(PY) -m pytest tests -m "not slow" $(ARGS)
+	$(PY) -m pytest $(TESTS) -m "not slow" $(ARGS)
 
 test-unit: setup  ## the tests without Ray
 	$(PY) -m pytest tests/unit -m "not slow" $(ARGS)
