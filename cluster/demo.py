@@ -66,8 +66,8 @@ class Tour:
         assert self._client is not None, "the first step makes it"
         return self._client
 
-    def disconnect(self) -> None:
-        self.client.close()
+    def count_no_cpu(self) -> None:
+        """From now on: the time of a process that ends is no longer in the sum."""
         self._cpu = None
 
     def connect(self) -> None:
@@ -290,6 +290,7 @@ def delete(tour: Tour) -> None:
 def kill(tour: Tour) -> None:
     """``kill -9`` the process that holds the index; its data comes back, and new adds go in."""
     client = tour.client
+    tour.count_no_cpu()
     query, right = ASKED[1]
     before = [hit.id for hit in client.search(query, user_id=USER)]
     expect(tour.system.kill_one("ray::QdrantActor") == 1, "there is not one QdrantActor")
@@ -313,7 +314,7 @@ def kill(tour: Tour) -> None:
 def stop(tour: Tour) -> None:
     """Stop it as Ctrl-C does; nothing is left running, the data stays."""
     tree = psutil.Process(tour.system.pid).children(recursive=True)
-    tour.disconnect()
+    tour.client.close()
     tour.call(f"Ctrl-C; {len(tree)} processes", tour.system.stop)
     _, alive = psutil.wait_procs(tree, timeout=5)
     expect(not alive, f"still running: {[process.pid for process in alive]}")
