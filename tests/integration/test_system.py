@@ -63,9 +63,10 @@ def test_tenants_lie_on_different_shards_and_never_see_each_other(
     west.add("the code word is marten", user_id="u")
     assert found(north, "code word", "u") == ["the code word is heron"]
     assert found(west, "code word", "u") == ["the code word is marten"]
-    assert north.get(mine).residency[0].location != west.get(
-        west.search("code word", user_id="u").results[0].id
-    ).residency[0].location
+    assert (
+        north.get(mine).residency[0].location
+        != west.get(west.search("code word", user_id="u").results[0].id).residency[0].location
+    )
     answer = httpx.get(
         f"{system.url}/v1/memories/{mine}", headers={"X-API-Key": west.address.api_key}
     )
@@ -82,9 +83,7 @@ def test_a_killed_part_comes_back_with_its_data(
     client.add(f"before the {user} died", user_id=user)
     assert system.kill_one(title) > 0
     client.add("after it", user_id=user)
-    until(
-        lambda: set(found(client, "died after", user)) == {f"before the {user} died", "after it"}
-    )
+    until(lambda: set(found(client, "died after", user)) == {f"before the {user} died", "after it"})
 
 
 def test_a_killed_scheduler_leads_again_under_a_higher_epoch(
