@@ -1,13 +1,16 @@
 """A whole system in one process, without Ray or HTTP: SQLite, stores in memory, a manual clock."""
 
 import shutil
+import sqlite3
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from memcube.catalog import Catalog, Principal, Role
+from sqlalchemy import event
+
+from memcube.catalog import Catalog, Database, Principal, Role
 from memcube.config import Config
 from memcube.errors import Unavailable
 from memcube.ids import CubeId, TenantId
@@ -104,6 +107,11 @@ class LocalShard:
         return self._shard
 
 
+def _do_not_wait(connection: sqlite3.Connection, _record: object) -> None:
+    """What is written here need not survive a loss of power: no commit waits for the disk."""
+    connection.execute("PRAGMA synchronous=OFF")
+
+
 @dataclass(slots=True)
 class LocalSystem:
     """The parts, wired as the gateway and the scheduler wire them.
@@ -132,11 +140,15 @@ class LocalSystem:
     ) -> "LocalSystem":
         """A system over a folder. ``template``, a migrated catalog, saves the migration's time."""
         config = config or Config(data_dir=folder)
-        file = folder / "catalog.db"
+        url = f"sqlite:///{folder / 'catalog.db'}"
         if template is not None:
-            shutil.copy(template, file)
+            shutil.copy(template, folder / "catalog.db")
+        database = Database(url)
+        event.listen(database._engine, "connect", _do_not_wait)
+        if template is None:
+            database.migrate()
+        catalog = Catalog(database)
         clock = ManualClock()
-        catalog = Catalog.open(f"sqlite:///{file}")
         embedder = HashEmbedder()
         shards = [LocalShard(n, embedder) for n in range(config.plaintext.shards)]
         indexer = Indexer(catalog, embedder, shards.__getitem__, clock=clock)
@@ -165,6 +177,10 @@ class LocalSystem:
             num_shards=len(shards),
         )
         return cls(clock, catalog, embedder, shards, indexer, service, reconciler, config, uses)
+
+    def close(self) -> None:
+        """Release the catalog, whose folder is thrown away: its log is not folded in."""
+        self.catalog._database._engine.dispose()
 
     def principal(self, tenant: str = "acme", role: Role = Role.WRITER) -> Principal:
         """A caller of a tenant, which is made if it is new."""

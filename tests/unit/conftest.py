@@ -31,4 +31,4 @@ def system(tmp_path: Path, catalog_template: Path) -> Iterator[LocalSystem]:
     """A fresh system in this process."""
     opened = LocalSystem.open(tmp_path, template=catalog_template)
     yield opened
-    opened.catalog.close()
+    opened.close()

@@ -117,7 +117,7 @@ async def test_more_work_than_a_batch_is_done_over_the_rounds(
     store(system, who, *(f"turn {i}" for i in range(7)))
     assert [(await system.reconcile()).indexed for _ in range(4)] == [3, 3, 1, 0]
     assert agree(system, who)
-    system.catalog.close()
+    system.close()
 
 
 async def test_a_restarted_shard_that_lost_cubes_gets_them_back(system: LocalSystem, who):
@@ -209,7 +209,7 @@ def two_shards(tmp_path: Path, catalog_template: Path) -> Iterator[LocalSystem]:
     )
     system = LocalSystem.open(tmp_path, config=config, template=catalog_template)
     yield system
-    system.catalog.close()
+    system.close()
 
 
 async def test_a_shard_that_is_down_does_not_keep_the_others_waiting(two_shards: LocalSystem):

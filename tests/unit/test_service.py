@@ -118,7 +118,7 @@ async def test_a_long_turn_is_split_at_sentences_and_keeps_its_speaker_time_and_
     assert {part.descriptive.sources[0].ref for part in parts} == {"D1:1"}
     assert [part.descriptive.seq for part in parts] == [0, 1, 2]
     assert " ".join(part.text for part in parts) == " ".join(sentences)
-    system.catalog.close()
+    system.close()
 
 
 async def test_an_exact_repeat_in_the_same_scope_is_one_cube_with_a_higher_count(
@@ -170,7 +170,7 @@ async def test_more_cubes_than_a_request_may_hold_are_refused_before_they_are_re
     with pytest.raises(LimitExceeded, match="at most 3"):
         await say(system, who, turn(long))
     assert (await system.service.find(who, limit=9)).cubes == []
-    system.catalog.close()
+    system.close()
 
 
 async def test_an_add_while_the_index_is_down_is_told_unavailable_and_kept(

@@ -1,9 +1,9 @@
 """The HTTP application over a system in this process: no Ray, no socket, a manual clock."""
 
-import functools
 import json
-from collections.abc import AsyncIterator, Callable
-from typing import Any
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import httpx
 import pytest
@@ -19,14 +19,22 @@ from serve.problems import MEDIA_TYPE
 _UNSET: Any = object()
 
 
+class Prepared(NamedTuple):
+    """A catalog with the tenant ``acme``, a key of each role of it, and ``other``, a writer's key of
+    another tenant: made once, since every commit waits for the disk."""
+
+    file: Path
+    keys: dict[str, str]
+
+
 class Api:
     """One application; ``key`` is a writer's of the tenant ``acme``."""
 
-    def __init__(self, system: LocalSystem, *, app: FastAPI | None = None) -> None:
+    def __init__(self, system: LocalSystem, key: str, *, app: FastAPI | None = None) -> None:
         self.system = system
         self.app = app or _app_of(system.config.limits)
         self.app.state.backend = _backend_of(system)
-        self.key = system.key()
+        self.key = key
         self.client = httpx.AsyncClient(
             transport=httpx.ASGITransport(self.app, raise_app_exceptions=False),
             base_url="http://memcube",
@@ -118,53 +126,76 @@ async def _opened_by_api() -> Backend:
     raise AssertionError("the test gives the backend")
 
 
-@functools.cache
+_apps: dict[str, FastAPI] = {}
+
+
 def _app_of(limits: Limits) -> FastAPI:
     """One application for many tests: the first request to one costs a tenth of a second."""
-    return create_app(_opened_by_api, limits)
+    name = limits.model_dump_json()
+    if name not in _apps:
+        _apps[name] = create_app(_opened_by_api, limits)
+    return _apps[name]
 
 
 @pytest.fixture(scope="session")
-def open_api() -> Callable[..., Api]:
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
+    folder = tmp_path_factory.mktemp("prepared")
+    system = LocalSystem.open(folder)
+    keys = {str(role): system.key("acme", role) for role in Role}
+    keys["other"] = system.key("other")
+    system.catalog.close()
+    return Prepared(folder / "catalog.db", keys)
+
+
+@pytest.fixture
+def system(tmp_path: Path, prepared: Prepared) -> Iterator[LocalSystem]:
+    opened = LocalSystem.open(tmp_path, template=prepared.file)
+    yield opened
+    opened.close()
+
+
+@pytest.fixture(scope="session")
+def open_api() -> type[Api]:
     """For tests that need a system of their own."""
     return Api
 
 
 @pytest.fixture
-async def api(system: LocalSystem) -> AsyncIterator[Api]:
-    opened = Api(system)
+async def api(system: LocalSystem, prepared: Prepared) -> AsyncIterator[Api]:
+    opened = Api(system, prepared.keys["writer"])
     async with opened.client:
         yield opened
 
 
 @pytest.fixture
-async def counted(system: LocalSystem) -> AsyncIterator[Api]:
+async def counted(system: LocalSystem, prepared: Prepared) -> AsyncIterator[Api]:
     """With an application of its own, whose metrics begin at 0, and which opens its backend."""
 
     async def open_here() -> Backend:
         return _backend_of(system)
 
-    opened = Api(system, app=create_app(open_here, system.config.limits))
+    app = create_app(open_here, system.config.limits)
+    opened = Api(system, prepared.keys["writer"], app=app)
     async with opened.client:
         yield opened
 
 
 @pytest.fixture
-def reader(system: LocalSystem) -> str:
-    return system.key(role=Role.READER)
+def reader(prepared: Prepared) -> str:
+    return prepared.keys["reader"]
 
 
 @pytest.fixture
-def admin(system: LocalSystem) -> str:
-    return system.key(role=Role.ADMIN)
+def admin(prepared: Prepared) -> str:
+    return prepared.keys["admin"]
 
 
 @pytest.fixture
-def operator(system: LocalSystem) -> str:
-    return system.key(role=Role.OPERATOR)
+def operator(prepared: Prepared) -> str:
+    return prepared.keys["operator"]
 
 
 @pytest.fixture
-def other(system: LocalSystem) -> str:
+def other(prepared: Prepared) -> str:
     """A writer's key of another tenant."""
-    return system.key("other")
+    return prepared.keys["other"]

@@ -6,7 +6,6 @@ import sqlite3
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -74,19 +73,17 @@ def name_of(value: Any) -> str:
 
 # One system for the whole module: nothing that is refused may change it, and that is checked.
 @pytest.fixture(scope="module")
-def shared(
-    tmp_path_factory: pytest.TempPathFactory, catalog_template: Path
-) -> Iterator[LocalSystem]:
-    opened = LocalSystem.open(tmp_path_factory.mktemp("matrix"), template=catalog_template)
+def shared(tmp_path_factory: pytest.TempPathFactory, prepared) -> Iterator[LocalSystem]:
+    opened = LocalSystem.open(tmp_path_factory.mktemp("matrix"), template=prepared.file)
     yield opened
-    opened.catalog.close()
+    opened.close()
 
 
 @pytest.fixture(scope="module")
-def secrets(shared: LocalSystem) -> dict[str, str]:
+def secrets(shared: LocalSystem, prepared) -> dict[str, str]:
     """A key of each role of the tenant ``acme``, an admin's of another, and what is no key."""
     access = shared.catalog.access
-    keys = {str(role): shared.key("acme", role) for role in Role}
+    keys = dict(prepared.keys)
     keys["other"] = shared.key("other", Role.ADMIN)
     keys["expired"] = shared.key("acme", Role.ADMIN, expires_at=START + timedelta(seconds=1))
     keys["revoked"] = shared.key("acme", Role.ADMIN)
@@ -101,7 +98,7 @@ def secrets(shared: LocalSystem) -> dict[str, str]:
 
 @pytest.fixture
 async def api(shared: LocalSystem, secrets: dict[str, str], open_api) -> AsyncIterator[Any]:
-    opened = open_api(shared)
+    opened = open_api(shared, secrets["writer"])
     async with opened.client:
         yield opened
 
@@ -155,7 +152,7 @@ class Unchanged:
 def test_every_route_has_its_row(shared: LocalSystem, open_api):
     routes = {
         (method, route.path)
-        for route in iter_route_contexts(open_api(shared).app.routes)
+        for route in iter_route_contexts(open_api(shared, "").app.routes)
         for method in (route.methods or ())
         if method != "HEAD"
     }

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memcube.config import load_config
@@ -33,15 +33,15 @@ LIMITS = [
 
 
 @pytest.fixture
-async def small(tmp_path: Path, catalog_template: Path, open_api) -> AsyncIterator[Any]:
+async def small(tmp_path: Path, prepared, open_api) -> AsyncIterator[Any]:
     """An application with small limits."""
     overrides = [f"limits.{limit}" for limit in LIMITS]
     config = load_config(None, [f"data_dir={tmp_path}", *overrides])
-    system = LocalSystem.open(tmp_path, config=config, template=catalog_template)
-    opened = open_api(system)
+    system = LocalSystem.open(tmp_path, config=config, template=prepared.file)
+    opened = open_api(system, prepared.keys["writer"])
     async with opened.client:
         yield opened
-    system.catalog.close()
+    system.close()
 
 
 @pytest.mark.parametrize(
@@ -190,15 +190,15 @@ BOMBS = {
 
 
 @pytest.fixture
-async def measured(tmp_path: Path, catalog_template: Path, open_api) -> AsyncIterator[Any]:
+async def measured(tmp_path: Path, prepared, open_api) -> AsyncIterator[Any]:
     """An application that takes a fifth of the values that it takes by default."""
     number = load_config().limits.json_values // 5
     config = load_config(None, [f"data_dir={tmp_path}", f"limits.json_values={number}"])
-    system = LocalSystem.open(tmp_path, config=config, template=catalog_template)
-    opened = open_api(system)
+    system = LocalSystem.open(tmp_path, config=config, template=prepared.file)
+    opened = open_api(system, prepared.keys["writer"])
     async with opened.client:
         yield opened
-    system.catalog.close()
+    system.close()
 
 
 @pytest.mark.parametrize("name", BOMBS)
@@ -550,13 +550,7 @@ _PATHS = [MEMORIES, BATCH, SEARCH, "/v1/context", "/v1/cubes", "/v1/cubes/compos
 async def test_no_body_makes_an_error_of_ours(api):
     drawn: list[tuple[str, Any]] = []
 
-    @settings(
-        max_examples=150,
-        deadline=None,
-        database=None,
-        derandomize=True,
-        suppress_health_check=list(HealthCheck),
-    )
+    @settings(max_examples=150, deadline=None, database=None, derandomize=True)
     @given(st.sampled_from(_PATHS), _JSON)
     def draw(path: str, body: Any) -> None:
         drawn.append((path, body))
