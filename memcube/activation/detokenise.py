@@ -1,6 +1,5 @@
 """Token ids to text as they come, with characters that span tokens kept whole."""
 
-from collections.abc import Sequence
 from typing import Any, Protocol
 
 _LOST = "\ufffd"
@@ -13,7 +12,9 @@ _MAX_WINDOW = 64
 class Decoder(Protocol):
     """What is needed of a tokenizer."""
 
-    def decode(self, token_ids: Sequence[int], **kwargs: Any) -> str: ...
+    def decode(
+        self, token_ids: list[int], skip_special_tokens: bool = False, **kwargs: Any
+    ) -> str | list[str]: ...
 
 
 class TextStream:
@@ -57,9 +58,11 @@ class TextStream:
         return shown
 
     def _decode(self, token_ids: list[int]) -> str:
-        return self._tokenizer.decode(
+        text = self._tokenizer.decode(
             token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
+        assert isinstance(text, str)  # a list only for a list of lists
+        return text
 
 
 def _open_end(text: str) -> str:
