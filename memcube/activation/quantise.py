@@ -1,9 +1,13 @@
 """KV of the device to arrays of the host, and back.
 
-``raw`` keeps the bits. ``int8`` keeps one byte an element with scales of float16: a key's scale is per
+``raw`` keeps the bits. ``int8`` keeps one byte an element, with steps of float16: a key's is per
 channel, since before rotation a key's channels differ far more than its tokens do; a value's is per
-token. Keys must be un-rotated: rotation mixes the channels and spreads their outliers. On SmolLM2 the
-KL to the unquantised cache is 3e-5, and a block of 64 tokens takes 0.516 of its bfloat16 bytes.
+token. A key's channel is counted from the middle of its range, which is seldom zero. Keys must be
+un-rotated: rotation mixes the channels and spreads their outliers.
+
+Blocks of 64 tokens of SmolLM2, KL to the unquantised cache: 3.1e-5, at 0.523 of the bytes of bfloat16
+(whose own is 9e-6). Without the middles it is 1.1e-4 at 0.516; with middles for the values too 2.4e-5 at
+0.531; with keys per token or values per channel 1.1e-4 from these alone.
 """
 
 from collections.abc import Mapping
@@ -35,6 +39,7 @@ def array_specs(
     L, _, H, N, D = shape
     half = np.dtype(np.float16)
     return {
+        "k_middle": (half, (L, H, 1, D)),
         "k_scale": (half, (L, H, 1, D)),
         "v_scale": (half, (L, H, N, 1)),
         "kv": (np.dtype(np.int8), shape),
@@ -52,12 +57,15 @@ def encode(kv_L2HND: Tensor, codec: Codec) -> dict[str, Array]:
         if bits.dtype == torch.bfloat16:
             bits = bits.view(torch.uint16)
         return {"kv": bits.numpy()}
-    k_scale_LH1D, k_LHND = _quantised(kv_L2HND[:, 0], dim=2)
-    v_scale_LHN1, v_LHND = _quantised(kv_L2HND[:, 1], dim=3)
+    k_LHND, v_LHND = (kv_L2HND[:, side].detach().float() for side in (0, 1))
+    k_middle_LH1D = _half((k_LHND.amin(2, keepdim=True) + k_LHND.amax(2, keepdim=True)) / 2)
+    k_scale_LH1D, k_steps_LHND = _quantised(k_LHND - k_middle_LH1D.float(), dim=2)
+    v_scale_LHN1, v_steps_LHND = _quantised(v_LHND, dim=3)
     return {
+        "k_middle": k_middle_LH1D.cpu().numpy(),
         "k_scale": k_scale_LH1D.cpu().numpy(),
         "v_scale": v_scale_LHN1.cpu().numpy(),
-        "kv": torch.stack((k_LHND, v_LHND), dim=1).cpu().numpy(),
+        "kv": torch.stack((k_steps_LHND, v_steps_LHND), dim=1).cpu().numpy(),
     }
 
 
@@ -68,24 +76,30 @@ def decode(
     kv_L2HND = _tensor(arrays["kv"], device)
     if codec == "raw":
         return kv_L2HND.view(layout.torch_dtype)
+    k_middle_LH1D = _tensor(arrays["k_middle"], device).float()
     k_scale_LH1D = _tensor(arrays["k_scale"], device).float()
     v_scale_LHN1 = _tensor(arrays["v_scale"], device).float()
     out_L2HND = torch.empty(kv_L2HND.shape, dtype=layout.torch_dtype, device=device)
-    torch.mul(kv_L2HND[:, 0], k_scale_LH1D, out=out_L2HND[:, 0])
-    torch.mul(kv_L2HND[:, 1], v_scale_LHN1, out=out_L2HND[:, 1])
+    out_L2HND[:, 0] = kv_L2HND[:, 0].float().mul_(k_scale_LH1D).add_(k_middle_LH1D)
+    out_L2HND[:, 1] = kv_L2HND[:, 1].float().mul_(v_scale_LHN1)
     return out_L2HND
 
 
 def _quantised(x_LHND: Tensor, *, dim: int) -> tuple[Tensor, Tensor]:
-    x_LHND = x_LHND.detach().float()
+    """Step of float16 along ``dim``, and the number of steps to each element."""
     most = x_LHND.abs().amax(dim, keepdim=True)
     if not torch.isfinite(most).all():
         raise ValueError("KV holds values that are not finite")
-    # Rounded first and then used: the rounding of the scale itself costs nothing.
-    scale = (most / _MOST).clamp(max=torch.finfo(torch.float16).max).half()
+    # Rounded first and then used: the rounding of the step itself costs nothing.
+    scale = _half(most / _MOST)
     steps = scale.float()
     quotient = torch.where(steps > 0, x_LHND / steps, torch.zeros_like(x_LHND))
     return scale, quotient.round_().clamp_(-_MOST, _MOST).to(torch.int8)
+
+
+def _half(x: Tensor) -> Tensor:
+    most = torch.finfo(torch.float16).max
+    return x.clamp(-most, most).half()
 
 
 def _tensor(array: Array, device: torch.device | str) -> Tensor:
