@@ -1,7 +1,7 @@
 """KV below the device: what a payload is, and how it lies in a file.
 
-A file is a safetensors file, which any reader of the format opens: the tensor ``kv`` (and those
-that int8 needs), with a manifest in its metadata that says what the KV is of. It is written beside its place
+A file is a safetensors file, which any reader of the format opens: the tensor ``kv`` and those that
+int8 needs, with a manifest in its metadata that says what the KV is of. It is written beside its place
 and renamed; a SHA-256 over every byte of it, the header's own included, is checked before anything of
 it is used. So a file is read whole and right or not at all, and no fsync is needed: KV is a cache, a
 file that a loss of power tore is a miss.
