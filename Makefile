@@ -1,26 +1,104 @@
 # MemOS on Ray. `make` alone lists the targets.
+#
+#   PYTHON  the Python (3.11 or newer) that the virtual environment is made of
+#   ARGS    passed on to the program, such as make serve ARGS="--port 9000"
+#   TESTS   what `make test` runs, such as make test TESTS=tests/unit/test_filters.py
+#   LOCOMO  the conversations that bench-locomo measures on
 PYTHON ?= python3
+ARGS ?=
+TESTS ?= tests
+LOCOMO ?= ../shared/data/locomo/dev.json
+
 VENV := .venv
 BIN := $(VENV)/bin
-STAMP := $(VENV)/.installed
+PY := $(BIN)/python
+PIP := $(PY) -m pip install -qq --disable-pip-version-check
+# Threads of the numeric libraries: the batching embedder counts its own.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup test lint clean
+# The stamp is written last and named after what was installed and where, so that an interrupted
+# installation, another pyproject.toml and a tree that was moved are gone over again.
+STAMP := $(VENV)/installed-$(shell (pwd; cat pyproject.toml) | cksum | cut -d' ' -f1)
+OLD_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
+ifneq ($(shell $(PY) -c '$(OLD_ENOUGH)' 2>/dev/null && echo ok),ok)
+.PHONY: $(STAMP)
+endif
+
+.NOTPARALLEL:
+.PHONY: help setup serve demo test test-unit test-integration test-all lint format chaos clean \
+	bench bench-locomo bench-http bench-store bench-embedder bench-chaos bench-check bench-table
+
 help:  ## list the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | sort | expand -t 18
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
+
+setup: $(STAMP)  ## make the virtual environment with all that is needed (again: nothing to do)
 
 # torch goes first and alone: on a machine with a CPU wheel at hand pip takes that one, and no
 # later package then drags in the CUDA build.
-$(STAMP): pyproject.toml
-	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -q --disable-pip-version-check 'torch==2.13.0'
-	$(BIN)/pip install -q --disable-pip-version-check -e '.[server,test,dev]'
-	touch $@
+$(STAMP):
+	@$(PY) -c '$(OLD_ENOUGH)' 2>/dev/null || { \
+		$(PYTHON) -c '$(OLD_ENOUGH)' || { \
+			echo 'Python 3.11 or newer is needed; name one: make PYTHON=python3.12 …' >&2; exit 1; }; \
+		rm -rf $(VENV) && $(PYTHON) -m venv $(VENV); }
+	@rm -f $(VENV)/installed-* $(VENV)/.installed
+	@echo 'installing torch into $(VENV) …'
+	@$(PIP) 'torch==2.13.0'
+	@echo 'installing the other packages (a minute or two) …'
+	@$(PIP) -e '.[server,test,bench,dev]'
+	@touch $@
 
-setup: $(STAMP)  ## make the virtual environment with all that is needed
+serve: setup  ## start the system and run it until Ctrl-C (ARGS: --port, --data, KEY=VALUE)
+	@exec $(PY) -m cluster.up $(ARGS)
 
-test: setup  ## pass the tests (the fast path)
-	$(BIN)/python -m pytest tests
+demo: setup  ## tour the main job against a bundled conversation, showing what each step costs
+	@$(PY) -m cluster.demo $(ARGS)
+
+test: setup  ## pass the tests: the fast path
+	$(PY) -m pytest $(TESTS) -m "not slow" $(ARGS)
+
+test-unit: setup  ## the tests without Ray
+	$(PY) -m pytest tests/unit -m "not slow" $(ARGS)
+
+test-integration: setup  ## the tests of a whole running system
+	$(PY) -m pytest tests/integration -m "not slow" $(ARGS)
+
+test-all: setup  ## all tests, the slow ones too
+	$(PY) -m pytest tests $(ARGS)
 
 lint: setup  ## ruff and pyright
-	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m pyright
+
+format: setup  ## put the code into ruff's form
+	$(PY) -m ruff format .
+	$(PY) -m ruff check --fix .
+
+chaos: bench-chaos  ## kill -9 everything in turn, 50 times, under steady adds
+
+bench: bench-store bench-embedder bench-http bench-chaos bench-locomo bench-check  ## all benchmarks
+
+bench-locomo: setup  ## retrieval on real conversations, beside BM25 and plain dense (LOCOMO=FILE)
+	$(PY) -m benchmarks.bench_locomo $(LOCOMO) $(ARGS)
+
+bench-http: setup  ## adds and searches over HTTP, beside the bare embedder and a no-op route
+	$(PY) -m benchmarks.bench_http $(ARGS)
+
+bench-store: setup  ## searches in the store alone, 10,000 and 100,000 cubes
+	$(PY) -m benchmarks.bench_store $(ARGS)
+
+bench-embedder: setup  ## what embedding costs, by backend
+	$(PY) -m benchmarks.bench_embedder $(ARGS)
+
+bench-chaos: setup
+	$(PY) -m benchmarks.chaos $(ARGS)
+
+bench-check: setup  ## what falls short of its goal, from the result files alone
+	@$(PY) -m benchmarks.results check
+
+bench-table: setup  ## write the table in benchmarks/README.md from the result files
+	@$(PY) -m benchmarks.results table
+
+clean:  ## remove the virtual environment and what tools left; never the data (.memcube)
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

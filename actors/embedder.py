@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -66,7 +66,7 @@ class RemoteEmbedder:
 def spawn_embedder_actor(config: Config) -> ActorHandle[Any]:
     """The one place that states this actor's Ray options. A call is pure, so Ray may repeat it."""
     on_gpu = config.embedder.backend != "onnx" and ray.cluster_resources().get("GPU", 0) > 0
-    return (
+    spawned = (
         ray.remote(EmbedderActor)
         .options(
             name=NAME,
@@ -81,3 +81,4 @@ def spawn_embedder_actor(config: Config) -> ActorHandle[Any]:
         )
         .remote(config)
     )
+    return cast(ActorHandle[Any], spawned)

@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import ray
 from ray.actor import ActorHandle
@@ -195,7 +195,7 @@ def spawn_qdrant_actor(
     Every call is idempotent and writes carry an epoch, so Ray may repeat a call whose answer was
     lost with the process: a repeated write under the old epoch is refused with StaleEpoch.
     """
-    return (
+    spawned = (
         ray.remote(QdrantActor)
         .options(
             name=f"qdrant-{shard}",
@@ -209,3 +209,4 @@ def spawn_qdrant_actor(
         )
         .remote(config, shard, embedder)
     )
+    return cast(ActorHandle[Any], spawned)

@@ -5,7 +5,7 @@ import logging
 import threading
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, cast
 
 import ray
 from ray.actor import ActorHandle
@@ -130,7 +130,7 @@ def spawn_scheduler_actor(
     config: Config, *, embedder: ActorHandle[Any], shards: list[ActorHandle[Any]]
 ) -> ActorHandle[Any]:
     """The one place that states this actor's Ray options."""
-    return (
+    spawned = (
         ray.remote(SchedulerActor)
         .options(
             name=NAME,
@@ -144,3 +144,4 @@ def spawn_scheduler_actor(
         )
         .remote(config, embedder, shards)
     )
+    return cast(ActorHandle[Any], spawned)

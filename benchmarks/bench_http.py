@@ -22,10 +22,59 @@ TEXTS = 3_000
 BATCH = 100
 IN_FLIGHT = 4
 QUERIES = 300
-_WORDS = """garden travel music mother coffee project deadline hiking photograph library concert doctor
-birthday kitchen painting river mountain school recipe football train weather holiday neighbour book
-computer wedding market language museum bicycle theatre candle forest summer winter letter journey
-friend brother sister teacher story dream plan idea lunch dinner morning evening weekend""".split()
+_WORDS = [
+    "garden",
+    "travel",
+    "music",
+    "mother",
+    "coffee",
+    "project",
+    "deadline",
+    "hiking",
+    "photograph",
+    "library",
+    "concert",
+    "doctor",
+    "birthday",
+    "kitchen",
+    "painting",
+    "river",
+    "mountain",
+    "school",
+    "recipe",
+    "football",
+    "train",
+    "weather",
+    "holiday",
+    "neighbour",
+    "book",
+    "computer",
+    "wedding",
+    "market",
+    "language",
+    "museum",
+    "bicycle",
+    "theatre",
+    "candle",
+    "forest",
+    "summer",
+    "winter",
+    "letter",
+    "journey",
+    "friend",
+    "brother",
+    "sister",
+    "teacher",
+    "story",
+    "dream",
+    "plan",
+    "idea",
+    "lunch",
+    "dinner",
+    "morning",
+    "evening",
+    "weekend",
+]
 
 
 def texts(count: int, seed: int) -> list[str]:

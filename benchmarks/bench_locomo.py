@@ -62,14 +62,13 @@ def main() -> None:
             weights = root / f"without-{conversation.id}.json"
             write(weights, learn(others), [id for id in pools if id != conversation.id])
             data = root / f"data-{number}"
-            with SystemProcess(data, [f"retrieval_weights={weights}"]) as system:
-                with MemCubeClient(system.url, system.key) as client:
-                    report = run_locomo(
-                        client,
-                        [conversation],
-                        suffix="bench",
-                        cpu_clock=cpu_clock_of(system.pid),
-                    )
+            with (
+                SystemProcess(data, [f"retrieval_weights={weights}"]) as system,
+                MemCubeClient(system.url, system.key) as client,
+            ):
+                report = run_locomo(
+                    client, [conversation], suffix="bench", cpu_clock=cpu_clock_of(system.pid)
+                )
             for name, figures in report.items():
                 parts.setdefault(name, []).append(figures)
             print(conversation.id, json.dumps(report["memcube"]["overall"]), flush=True)

@@ -31,7 +31,9 @@ READY_S = 180.0
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a system; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="memcube serve", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="memcube serve", description=(__doc__ or "").splitlines()[0]
+    )
     parser.add_argument("--config", type=Path, help="a YAML file; see configs/")
     parser.add_argument("--data", type=Path, help="the data folder (default: .memcube)")
     parser.add_argument("--port", type=int, help="the HTTP port; 0 picks a free one")
@@ -39,6 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
         "overrides", nargs="*", metavar="KEY=VALUE", help="such as http.host=0.0.0.0"
     )
     given = parser.parse_args(arguments)
+    os.umask(0o077)  # what is remembered is for the owner of the data folder alone
     overrides = list(given.overrides)
     if given.data or os.environ.get("MEMCUBE_HOME"):
         overrides.append(f"data_dir={json.dumps(str(given.data or os.environ['MEMCUBE_HOME']))}")
@@ -195,8 +198,10 @@ def _serving(config: Config) -> Iterator[None]:
     try:
         yield
     finally:
-        serve.shutdown()
-        _close(ray, system)
+        # Serve's controller ends in the middle of its last call; Ray tells stdout that it failed.
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+            serve.shutdown()
+            _close(ray, system)
 
 
 def _close(ray: Any, system: Any) -> None:

@@ -7,6 +7,7 @@ addresses only: ``DATABASE_URL``, ``QDRANT_URL``, ``QDRANT_API_KEY``, and the va
 
 import difflib
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +16,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from memcube.errors import BadRequest
+
+_PASSWORD = re.compile(r"(://[^\s/@:]*:)[^\s@]+@")
 
 
 class _Section(BaseModel):
@@ -232,8 +235,9 @@ class Config(_Section):
         return url
 
     def dump(self) -> str:
-        """The resolved configuration as YAML. It holds no secret."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+        """The resolved configuration as YAML. It holds no secret: passwords of addresses are masked."""
+        dumped = yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+        return _PASSWORD.sub(r"\1***@", dumped)
 
 
 def load_config(path: Path | None = None, overrides: Sequence[str] = ()) -> Config:
@@ -255,16 +259,24 @@ def load_config(path: Path | None = None, overrides: Sequence[str] = ()) -> Conf
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        data = yaml.safe_load(path.read_text())
+        text = path.read_text(encoding="utf-8")
     except OSError as missing:
         raise BadRequest(f"can't be read: {missing.strerror}", str(path)) from None
-    except yaml.YAMLError as broken:
-        raise BadRequest(f"is no YAML: {broken}", str(path)) from None
+    except UnicodeDecodeError:
+        raise BadRequest("is no text in UTF-8", str(path)) from None
+    data = _yaml(text, str(path))
     if data is None:
         return {}
     if not isinstance(data, dict):
         raise BadRequest("must hold a mapping", str(path))
     return data
+
+
+def _yaml(text: str, field: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as broken:
+        raise BadRequest(f"is no YAML: {broken}", field) from None
 
 
 def _override(data: dict[str, Any], override: str) -> None:
@@ -278,7 +290,7 @@ def _override(data: dict[str, Any], override: str) -> None:
         if not isinstance(inner, dict):
             raise BadRequest("is a value, not a section", name)
         section = inner
-    section[last] = yaml.safe_load(value)
+    section[last] = _yaml(value, key)
 
 
 def _readable(invalid: ValidationError) -> BadRequest:

@@ -8,7 +8,7 @@ idempotent, so both may do the same cube.
 
 import asyncio
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from datetime import datetime
 
 from memcube.catalog import Catalog
@@ -33,7 +33,10 @@ def indexed_cube(cube: MemCube, vector: Vector) -> IndexedCube:
     """What the index is told of a cube."""
     d = cube.descriptive
     thread, seq = d.thread, d.seq
-    threaded = thread is not None and seq is not None
+    place = prev_place = next_place = None
+    if thread is not None and seq is not None:
+        place, next_place = slot(thread, seq), slot(thread, seq + 1)
+        prev_place = slot(thread, seq - 1) if seq > 0 else None
     return IndexedCube(
         id=cube.id,
         tenant=cube.tenant,
@@ -53,9 +56,9 @@ def indexed_cube(cube: MemCube, vector: Vector) -> IndexedCube:
         updated_at=cube.updated_at,
         event_time=d.event_time,
         expires_at=cube.governance.expires_at,
-        slot=slot(thread, seq) if threaded else None,
-        prev_slot=slot(thread, seq - 1) if threaded and seq > 0 else None,
-        next_slot=slot(thread, seq + 1) if threaded else None,
+        slot=place,
+        prev_slot=prev_place,
+        next_slot=next_place,
         thread=thread,
         seq=seq,
     )
@@ -91,19 +94,17 @@ class Indexer:
         vectors = await self._embedder.embed(texts, Purpose.PASSAGE)
         rows = {cube.id: indexed_cube(cube, vectors[i]) for i, cube in enumerate(cubes)}
         known = {cube.id: cube for cube in cubes}
-        for _ in range(MAX_STALE_RETRIES):
-            info = await self.info(shard)
-            try:
-                await self._shards(shard).put(list(rows.values()), epoch=info.epoch)
-            except StaleEpoch:
-                # The shard lost its tombstones with its process: ask the catalog what still holds.
-                self._infos.pop(shard, None)
-                known = await self._still_current(known.values())
-                rows = {id: rows[id] for id in known}
-                continue
-            break
-        else:
-            raise StaleEpoch(info.epoch, info.epoch + 1)
+
+        async def put(info: ShardInfo) -> None:
+            await self._shards(shard).put(list(rows.values()), epoch=info.epoch)
+
+        async def look_again() -> None:
+            # The shard lost its tombstones with its process: ask the catalog what still holds.
+            nonlocal known, rows
+            known = await self._still_current(known.values())
+            rows = {id: rows[id] for id in known}
+
+        info = await self._at_epoch(shard, put, look_again)
         for tenant, versions in _by_tenant(known.values()).items():
             await asyncio.to_thread(
                 self._catalog.index.mark,
@@ -120,24 +121,19 @@ class Indexer:
         """Take cubes out of the index, up to these versions. Idempotent."""
         if not versions:
             return
-        for _ in range(MAX_STALE_RETRIES):
-            info = await self.info(shard)
-            try:
-                await self._shards(shard).delete(tenant, versions, epoch=info.epoch)
-            except StaleEpoch:
-                self._infos.pop(shard, None)
-                continue
-            break
-        else:
-            raise StaleEpoch(info.epoch, info.epoch + 1)
+
+        async def delete(info: ShardInfo) -> None:
+            await self._shards(shard).delete(tenant, versions, epoch=info.epoch)
+
+        await self._at_epoch(shard, delete)
         await asyncio.to_thread(self._catalog.index.mark_removed, tenant, list(versions))
 
     async def set_state(
         self, tenant: TenantId, ids: Sequence[CubeId], state: str, *, shard: int
     ) -> None:
         """Tell the index of a new state. If it can't be told, the cubes are put again later."""
-        info = await self.info(shard)
         try:
+            info = await self.info(shard)
             await self._shards(shard).set_state(tenant, ids, state, epoch=info.epoch)
         except (StaleEpoch, Unavailable):
             self._infos.pop(shard, None)
@@ -149,6 +145,31 @@ class Indexer:
         if info is None:
             info = self._infos[shard] = await self._shards(shard).info()
         return info
+
+    async def _at_epoch(
+        self,
+        shard: int,
+        write: Callable[[ShardInfo], Awaitable[None]],
+        refused: Callable[[], Awaitable[None]] | None = None,
+    ) -> ShardInfo:
+        """Write under the shard's present epoch; after a restart of the shard, under its new one.
+
+        Raises:
+            StaleEpoch: the shard was restarted again and again.
+        """
+        for attempt in range(MAX_STALE_RETRIES):
+            info = await self.info(shard)
+            try:
+                await write(info)
+            except StaleEpoch:
+                self._infos.pop(shard, None)
+                if attempt + 1 == MAX_STALE_RETRIES:
+                    raise
+                if refused is not None:
+                    await refused()
+            else:
+                return info
+        raise AssertionError("unreachable")
 
     async def _still_current(self, cubes: Iterable[MemCube]) -> dict[CubeId, MemCube]:
         now = self._clock()

@@ -13,6 +13,7 @@ from datetime import datetime, timedelta
 
 from memcube.catalog import Catalog
 from memcube.config import SchedulerConfig
+from memcube.errors import StaleEpoch, Unavailable
 from memcube.ids import CubeId, TenantId
 from memcube.indexing import Indexer, Shards
 from memcube.lifecycle import State
@@ -61,7 +62,8 @@ class Reconciler:
         """One round over all shards.
 
         Raises:
-            Unavailable: a shard or the embedder did not answer; what was done so far stays done.
+            Unavailable, StaleEpoch: a shard or the embedder did not answer. The other shards were
+                gone over; what was done stays done.
         """
         report = Report()
         report.expired = await asyncio.to_thread(
@@ -70,14 +72,23 @@ class Reconciler:
         if self._pruned_at is None or now - self._pruned_at >= PRUNE_EVERY:
             report.pruned = await asyncio.to_thread(self._catalog.cubes.prune, now=now)
             self._pruned_at = now
+        failed: Unavailable | StaleEpoch | None = None
         for shard in range(self._num_shards):
-            info = await self._shards(shard).info()
-            if self._compared.get(shard) != info.epoch:
-                await self._compare(shard, info.index, report, now)
-                self._compared[shard] = info.epoch
-            await self._remove(shard, report)
-            await self._index(shard, report, now)
+            try:
+                await self._bring_in_line(shard, report, now)
+            except (Unavailable, StaleEpoch) as first:
+                failed = failed or first
+        if failed is not None:
+            raise failed
         return report
+
+    async def _bring_in_line(self, shard: int, report: Report, now: datetime) -> None:
+        info = await self._shards(shard).info()
+        if self._compared.get(shard) != info.epoch:
+            await self._compare(shard, info.index, report, now)
+            self._compared[shard] = info.epoch
+        await self._remove(shard, report)
+        await self._index(shard, report, now)
 
     async def _remove(self, shard: int, report: Report) -> None:
         removals = await asyncio.to_thread(

@@ -29,12 +29,19 @@ from memcube.catalog import (
 from memcube.config import Limits
 from memcube.context import ContextBlock, Passage, build_context
 from memcube.cube import Draft, Kind, MemCube, Origin, Parent, Relation, Residency, Shape, Version
-from memcube.errors import BadRequest, LimitExceeded, MemCubeError, Unavailable
+from memcube.errors import (
+    BadRequest,
+    Forbidden,
+    LimitExceeded,
+    MemCubeError,
+    StaleEpoch,
+    Unavailable,
+)
 from memcube.filters import Compare, Filter, Op, all_of
 from memcube.ids import CubeId, TenantId, parse_cube_id
 from memcube.indexing import Clock, Indexer, Shards
 from memcube.lifecycle import SEARCHABLE, Event
-from memcube.reader import Reader
+from memcube.reader import Reader, Reading
 from memcube.reader.messages import Header, Message
 from memcube.retrieval.ranker import Hit, Mode
 from memcube.window import Window
@@ -49,12 +56,16 @@ CONTEXT_CANDIDATES = 50
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AddRequest:
-    """Messages or text to remember, with the header that its cubes get."""
+    """Messages or text to remember, with the header that its cubes get.
+
+    ``at`` is its place in what the caller sent, such as ``items[3].``, for errors.
+    """
 
     messages: tuple[Message, ...] | None = None
     text: str | None = None
     header: Header
     infer: bool = False
+    at: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,7 +150,14 @@ class MemoryService:
         return await self._run(self._catalog.access.keys, principal.tenant)
 
     async def revoke_key(self, principal: Principal, id: str) -> None:
-        """End one of the tenant's keys."""
+        """End one of the tenant's keys.
+
+        Raises:
+            Forbidden: the key may do more than the caller may.
+        """
+        for info in await self.keys(principal):
+            if info.id == id and not principal.role.allows(info.role):
+                raise Forbidden(principal.role, info.role)
         await self._run(self._catalog.access.revoke_key, principal.tenant, id, now=self._clock())
 
     async def stats(self, principal: Principal) -> Stats:
@@ -173,13 +191,10 @@ class MemoryService:
                 groups = before.groups
                 indexed = await self._finish(principal, before.results, wait_indexed)
                 return _outcomes(before.results, groups, indexed, [None] * len(groups))
-        readings = [
-            await self._reader.read(r.messages, r.text, r.header, infer=r.infer, now=now)
-            for r in requests
-        ]
+        self._check_count(sum(1 if r.messages is None else len(r.messages) for r in requests))
+        readings = [await self._read(request, now) for request in requests]
         drafts = [draft for reading in readings for draft in reading.drafts]
-        if len(drafts) > self._limits.batch_texts:
-            raise LimitExceeded("cubes of one request", self._limits.batch_texts, len(drafts))
+        self._check_count(len(drafts))
         added = await self._run(
             self._catalog.cubes.add,
             principal.tenant,
@@ -192,6 +207,18 @@ class MemoryService:
         indexed = await self._finish(principal, added.results, wait_indexed)
         fallbacks = [reading.fallback for reading in readings]
         return _outcomes(added.results, added.groups, indexed, fallbacks)
+
+    def _check_count(self, given: int) -> None:
+        if given > self._limits.batch_texts:
+            raise LimitExceeded("cubes of one request", self._limits.batch_texts, given)
+
+    async def _read(self, r: AddRequest, now: datetime) -> Reading:
+        try:
+            return await self._reader.read(r.messages, r.text, r.header, infer=r.infer, now=now)
+        except BadRequest as wrong:
+            if not r.at or wrong.field is None:
+                raise
+            raise BadRequest(wrong.what, r.at + wrong.field) from None
 
     async def update(
         self, principal: Principal, id: str, change: Change, *, expected_version: int | None
@@ -261,7 +288,8 @@ class MemoryService:
         parents: tuple[Parent, ...] = ()
         if relation is not None:
             found = await self._run(self._catalog.cubes.get_many, principal.tenant, ids, now=now)
-            parents = tuple(Parent(id=c.id, version=c.version, relation=relation) for c in found)
+            edges = (Parent(id=c.id, version=c.version, relation=relation) for c in found)
+            parents = tuple(dict.fromkeys(edges))
         draft = replace(
             _draft(text, header, kind=Kind.DOCUMENT),
             shape=Shape.COMPOSITE,
@@ -315,6 +343,8 @@ class MemoryService:
             if text is not None
             else "\n".join(dict.fromkeys(p.text for p in parents if p.text))
         )
+        if not fused.strip():
+            raise BadRequest("is empty, and so are the cubes'; give one", "text")
         if len(fused) > self._limits.text_chars:
             raise LimitExceeded("characters of the fused text", self._limits.text_chars, len(fused))
         cube = await self._run(
@@ -577,7 +607,7 @@ class MemoryService:
             return cube
         try:
             await self._index(principal, [cube])
-        except Unavailable:
+        except (Unavailable, StaleEpoch):
             # The change is committed; the reconcile loop will index it, and `indexed` says so.
             return cube
         return replace(cube, indexed=True)
@@ -590,7 +620,7 @@ class MemoryService:
         await self._forget_kv(principal, versions)
         try:
             await self._indexer.remove(principal.tenant, versions, shard=principal.shard)
-        except Unavailable:
+        except (Unavailable, StaleEpoch):
             # No answer can hold these cubes (searches are checked against the catalog), and the
             # catalog lists their payloads as pending removals.
             return

@@ -134,6 +134,7 @@ class Cubes:
 
         Raises:
             NotFound: a composite's member is not there.
+            LimitExceeded: a composite would nest deeper than MAX_NESTING.
             IdempotencyMismatch: the key belongs to another request.
         """
         sizes = tuple(groups) if groups is not None else (len(drafts),)
@@ -188,7 +189,9 @@ class Cubes:
             for id in sorted(set(ids)):
                 parent = self._live(connection, tenant, id, now, lock=True)
                 self._move(connection, parent, Event.MERGE, now)
-            results = self._store(connection, tenant, [draft], author=author, now=now, repeats=False)
+            results = self._store(
+                connection, tenant, [draft], author=author, now=now, repeats=False
+            )
             if idempotency is not None:
                 _remember(connection, tenant, idempotency, results, (1,), now)
             return results[0].cube
@@ -226,6 +229,11 @@ class Cubes:
         heads = _thread_heads(
             connection, {draft.scope(tenant).thread for draft in drafts if draft.threaded}
         )
+        for draft in drafts:
+            if draft.members:
+                _check_nesting(connection, None, draft.members)
+        # In order, so that a list has the turns of one request as they came.
+        ids = iter(sorted(self._new_id(now) for _ in drafts))
         fresh: dict[str, dict[str, Any]] = {}
         rows: list[dict[str, Any]] = []
         again: dict[CubeId, list[Draft]] = {}
@@ -242,7 +250,7 @@ class Cubes:
                 seq = heads[thread] = heads.get(thread, -1) + 1
             row = row_of(
                 draft,
-                id=self._new_id(now),
+                id=next(ids),
                 tenant=tenant,
                 author=author,
                 now=now,
@@ -373,16 +381,7 @@ class Cubes:
             )
         if past is None:
             raise NotFound("version of cube", f"{id}@{version if version is not None else as_of}")
-        return cube_of(
-            row
-            | {name: past[name] for name in ("version", "text", "members", "tags", "metadata")}
-            | {
-                "updated_at": past["created_at"],
-                "indexed_version": row["indexed_version"]
-                if past["version"] == row["version"]
-                else 0,
-            }
-        )
+        return _as_it_was(row, past)
 
     def get_many(self, tenant: TenantId, ids: Sequence[CubeId], *, now: datetime) -> list[MemCube]:
         """The cubes that are there, in the order of ``ids``."""
@@ -419,11 +418,14 @@ class Cubes:
         """The present versions of those cubes that a search may return."""
         if not ids:
             return {}
+        found: dict[CubeId, int] = {}
         with self._database.reading() as connection:
-            rows = connection.execute(
-                _LIVE_VERSIONS, {"tenant": tenant, "ids": list(ids), "now": micros(now)}
-            )
-            return {CubeId(row.id): row.version for row in rows}
+            for start in range(0, len(ids), _CHUNK):
+                part = list(ids[start : start + _CHUNK])
+                asked = {"tenant": tenant, "ids": part, "now": micros(now)}
+                for row in connection.execute(_LIVE_VERSIONS, asked):
+                    found[CubeId(row.id)] = row.version
+        return found
 
     def find(
         self,
@@ -658,14 +660,7 @@ class Cubes:
         now: datetime,
     ) -> None:
         self._require(connection, row["tenant"], ids, now, lock=True)
-        frontier = set(ids)
-        for _ in range(MAX_NESTING):
-            if row["id"] in frontier:
-                raise BadRequest("a composite can't hold itself, at any depth", "members")
-            if not frontier:
-                return
-            frontier = set(_members_of(connection, list(frontier)))
-        raise LimitExceeded("depth of composites", MAX_NESTING)
+        _check_nesting(connection, row["id"], ids)
 
     def transition(
         self, tenant: TenantId, id: CubeId, event: Event, *, author: str, now: datetime
@@ -919,6 +914,13 @@ _USE = (
 )
 
 
+def _as_it_was(row: Mapping[Any, Any], past: Mapping[Any, Any]) -> MemCube:
+    """The cube with the content of one of its versions."""
+    held = row["indexed_version"] if past["version"] == row["version"] else 0
+    content = {name: past[name] for name in ("version", "text", "members", "tags", "metadata")}
+    return cube_of({**row, **content, "updated_at": past["created_at"], "indexed_version": held})
+
+
 def _decayed(rate: float, last_used_at: int | None, at: int) -> float:
     if last_used_at is None:
         return rate
@@ -987,6 +989,35 @@ def _members_of(connection: sa.Connection, composites: Sequence[str]) -> list[Cu
         query = query.order_by(link.c.composite, link.c.position)
         found.extend(CubeId(id) for id in connection.execute(query).scalars())
     return found
+
+
+def _holders_of(connection: sa.Connection, members: Sequence[str]) -> set[str]:
+    """The composites that hold any of these directly."""
+    link = schema.members
+    found: set[str] = set()
+    for start in range(0, len(members), _CHUNK):
+        part = members[start : start + _CHUNK]
+        query = sa.select(link.c.composite).where(link.c.member.in_(part))
+        found.update(connection.execute(query).scalars())
+    return found
+
+
+def _check_nesting(connection: sa.Connection, id: str | None, members: Sequence[CubeId]) -> None:
+    """Refuse members that would make a composite (None: a new one) hold itself, or nest too deep."""
+    levels, above = 0, set() if id is None else _holders_of(connection, [id])
+    below = set(members)
+    while below:
+        levels += 1
+        if id in below:
+            raise BadRequest("a composite can't hold itself, at any depth", "members")
+        if levels > MAX_NESTING:
+            raise LimitExceeded("depth of composites", MAX_NESTING)
+        below = set(_members_of(connection, list(below)))
+    while above:
+        levels += 1
+        if levels > MAX_NESTING:
+            raise LimitExceeded("depth of composites", MAX_NESTING)
+        above = _holders_of(connection, list(above))
 
 
 def _delete_links(connection: sa.Connection, id: str) -> None:
@@ -1081,15 +1112,21 @@ def _replay(connection: sa.Connection, tenant: TenantId, idempotency: Idempotenc
     if row.body_hash != idempotency.body_hash:
         raise IdempotencyMismatch(idempotency.key)
     entries = row.outcome["results"]
-    ids = list(dict.fromkeys(id for id, _, _ in entries))
+    wanted = {id: version for id, _, version in entries}
+    ids = sorted(wanted)
     cubes: dict[str, MemCube] = {}
     for start in range(0, len(ids), _CHUNK):
-        # Deleted ones too: a retry answers as the first time did, whatever happened since.
-        query = sa.select(_cubes).where(
-            _cubes.c.tenant == tenant, _cubes.c.id.in_(ids[start : start + _CHUNK])
-        )
-        for found in connection.execute(query).mappings():
-            cubes[found["id"]] = cube_of(found)
+        part = ids[start : start + _CHUNK]
+        # Deleted ones too: a retry answers as the first time did, whatever happened since. Nothing
+        # is left of their content, though.
+        query = sa.select(_cubes).where(_cubes.c.tenant == tenant, _cubes.c.id.in_(part))
+        present = {found["id"]: found for found in connection.execute(query).mappings()}
+        cubes |= {id: cube_of(found) for id, found in present.items()}
+        changed = [id for id, found in present.items() if found["version"] != wanted[id]]
+        query = sa.select(_versions).where(_versions.c.cube.in_(changed))
+        for past in connection.execute(query).mappings() if changed else ():
+            if past["version"] == wanted[past["cube"]]:
+                cubes[past["cube"]] = _as_it_was(present[past["cube"]], past)
     return Added(
         results=tuple(
             AddResult(cube=cubes[id], event=event, version=version)

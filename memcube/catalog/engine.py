@@ -200,7 +200,9 @@ class Database:
                 raise failed.orig from None
             raise
         except UnicodeEncodeError:
-            raise BadRequest("a text holds half of a surrogate pair, which is no character") from None
+            raise BadRequest(
+                "a text holds half of a surrogate pair, which is no character"
+            ) from None
         except OverflowError:
             raise BadRequest("a number is too large to be stored") from None
         except PoolTimeout:

@@ -5,14 +5,13 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
-from itertools import count
 from typing import Any, TypeVar
 
 import pytest
-import sqlalchemy as sa
+from sqlalchemy import event
 
 from memcube.catalog import Added, Catalog, Change, Idempotency, Role
-from memcube.catalog.cubes import IDEMPOTENCY_KEPT_S, MAX_SOURCES
+from memcube.catalog.cubes import IDEMPOTENCY_KEPT_S, MAX_NESTING, MAX_SOURCES
 from memcube.catalog.schema import metadata
 from memcube.cube import Draft, MemCube, Parent, Relation, Shape, Source
 from memcube.errors import (
@@ -21,6 +20,7 @@ from memcube.errors import (
     Frozen,
     IdempotencyMismatch,
     IllegalMove,
+    LimitExceeded,
     NotFound,
     StaleEpoch,
     Unauthenticated,
@@ -106,10 +106,10 @@ def explained(catalog: Catalog, how: str, *, before: str = "SELECT 1") -> list[s
     def note(_connection: object, _cursor: object, sql: str, given: Any, *_: object) -> None:
         seen.append((sql, given))
 
-    sa.event.listen(engine, "before_cursor_execute", note)
+    event.listen(engine, "before_cursor_execute", note)
     pending(catalog)
     removals(catalog)
-    sa.event.remove(engine, "before_cursor_execute", note)
+    event.remove(engine, "before_cursor_execute", note)
     plans = []
     for sql, given in [one for one in seen if one[0].startswith("SELECT")]:
         with catalog._database.reading() as connection:
@@ -292,9 +292,11 @@ class CatalogContract:
         assert [s.ref for s in read.descriptive.sources] == ["1", "2", "4"]
 
     def test_a_repeat_keeps_a_bounded_number_of_sources(self, catalog: Catalog):
-        for n in range(MAX_SOURCES + 5):
-            made = add(catalog, *self._talk("hello", refs=(str(n),))).results[0].cube
-        assert len(catalog.cubes.get(A, made.id, now=NOW).descriptive.sources) == MAX_SOURCES
+        made = [
+            add(catalog, *self._talk("hello", refs=(str(n),))).results[0].cube
+            for n in range(MAX_SOURCES + 5)
+        ]
+        assert len(catalog.cubes.get(A, made[-1].id, now=NOW).descriptive.sources) == MAX_SOURCES
 
     @pytest.mark.parametrize(
         ("first", "second", "wins"),
@@ -331,8 +333,9 @@ class CatalogContract:
         ],
     )
     def test_the_same_text_elsewhere_is_another_cube(self, catalog: Catalog, other: dict):
-        one = add_one(catalog, **{"text": "tea", "user_id": "u"})
-        two = add_one(catalog, **({"text": "tea", "user_id": "u"} | other))
+        described: dict[str, Any] = {"text": "tea", "user_id": "u"}
+        one = add_one(catalog, **described)
+        two = add_one(catalog, **(described | other))
         assert one.id != two.id
 
     def test_the_text_of_a_cube_that_is_gone_is_no_repeat(self, catalog: Catalog):
@@ -371,8 +374,9 @@ class CatalogContract:
         ids=repr,
     )
     def test_what_one_engine_cannot_hold_is_refused_by_all(self, catalog: Catalog, draft: dict):
+        described: dict[str, Any] = {"text": "tea"} | draft
         with pytest.raises(BadRequest):
-            add_one(catalog, **({"text": "tea"} | draft))
+            add_one(catalog, **described)
         assert self._all(catalog) == []
 
     def test_a_text_of_a_million_characters_reads_back(self, catalog: Catalog):
@@ -401,7 +405,18 @@ class CatalogContract:
         again = add(catalog, Draft(text="one"), Draft(text="two"), idempotency=key)
         assert again.replayed
         assert self._outcome(again) == self._outcome(first)
+        assert again.results[0].cube.text == "one"
+        assert again.results[1].cube.text == ""
         assert len(self._all(catalog)) == 1
+
+    def test_a_retry_tells_a_composite_as_it_was_made(self, catalog: Catalog):
+        key = Idempotency(key="key 1", body_hash="hash")
+        one, two = add_one(catalog, "1").id, add_one(catalog, "2").id
+        draft = Draft(text="both", shape=Shape.COMPOSITE, members=(one, two), tags=("x",))
+        made = add(catalog, draft, idempotency=key).results[0].cube
+        update(catalog, made.id, members=(two,), tags=(), metadata={"n": 1}, now=at(5))
+        again = add(catalog, draft, idempotency=key, now=at(9)).results[0].cube
+        assert again == made
 
     def test_a_key_with_another_body_is_refused(self, catalog: Catalog):
         add(catalog, Draft(text="one"), idempotency=Idempotency(key="k", body_hash="h"))
@@ -456,8 +471,10 @@ class CatalogContract:
 
     def test_pages_go_from_new_to_old_and_hold_each_cube_once(self, catalog: Catalog):
         made = [add_one(catalog, f"{n}", now=at(n)).id for n in range(25)]
-        seen, cursor = [], None
-        for pages in count(1):
+        seen: list[CubeId] = []
+        cursor, pages = None, 0
+        while True:
+            pages += 1
             page = catalog.cubes.find(A, now=at(30), limit=10, cursor=cursor)
             seen += [c.id for c in page.cubes]
             cursor = page.next_cursor
@@ -465,6 +482,10 @@ class CatalogContract:
                 break
         assert seen == made[::-1]
         assert pages == 3
+
+    def test_a_page_keeps_the_order_of_one_call(self, catalog: Catalog):
+        made = [r.cube.id for r in add(catalog, *(Draft(text=f"{n}") for n in range(40))).results]
+        assert [c.id for c in catalog.cubes.find(A, now=NOW, limit=50).cubes] == made[::-1]
 
     def test_a_page_that_ends_exactly_has_no_next(self, catalog: Catalog):
         for n in range(4):
@@ -485,9 +506,7 @@ class CatalogContract:
         ids=repr,
     )
     def test_a_list_is_narrowed_by_its_conditions(self, catalog: Catalog, where: dict):
-        wanted = add_one(
-            catalog, "one", **{"user_id": "u", "agent_id": "g", "run_id": "r"}, tags=("x", "y")
-        )
+        wanted = add_one(catalog, "one", user_id="u", agent_id="g", run_id="r", tags=("x", "y"))
         update_kind = Draft(text="two", kind=type(wanted.descriptive.kind)("fact"))
         fact = add(catalog, update_kind).results[0].cube
         archived = add_one(catalog, "three", user_id="v", tags=("z",))
@@ -514,6 +533,11 @@ class CatalogContract:
         asked = [live, archived, deleted, expired, foreign]
         assert catalog.cubes.live_versions(A, asked, now=at(1)) == {live: 1}
         assert catalog.cubes.live_versions(A, [], now=NOW) == {}
+
+    def test_live_versions_are_told_of_more_cubes_than_a_statement_takes(self, catalog: Catalog):
+        live = add_one(catalog).id
+        asked = [CubeId(f"orphan-{n}") for n in range(66_000)]
+        assert catalog.cubes.live_versions(A, [*asked, live], now=NOW) == {live: 1}
 
     # -- versions ------------------------------------------------------------------------------
 
@@ -713,6 +737,17 @@ class CatalogContract:
             with pytest.raises(BadRequest):
                 update(catalog, inner.id, members=members)
         assert catalog.cubes.get(A, inner.id, now=NOW).version == 1
+
+    def test_composites_nest_to_a_stated_depth_from_above_and_below(self, catalog: Catalog):
+        bottom = chain = [composite(catalog, add_one(catalog).id)]
+        while len(chain) < MAX_NESTING:
+            chain.append(composite(catalog, chain[-1].id))
+        with pytest.raises(LimitExceeded):
+            composite(catalog, chain[-1].id)
+        with pytest.raises(LimitExceeded):
+            update(catalog, bottom[0].id, members=(composite(catalog, add_one(catalog).id).id,))
+        assert catalog.cubes.get(A, bottom[0].id, now=NOW).version == 1
+        update(catalog, bottom[0].id, members=(add_one(catalog, "other").id,))
 
     def test_a_leaf_takes_no_members(self, catalog: Catalog):
         one, two = add_one(catalog, "1"), add_one(catalog, "2")
@@ -943,7 +978,7 @@ class CatalogContract:
         assert set(pending(catalog)) == {leaf.id, titled.id}
 
     def test_what_leaves_the_search_is_to_be_removed_from_the_index(self, catalog: Catalog):
-        deleted, archived, expired, merged = made = [
+        deleted, archived, _expired, merged = made = [
             add_one(catalog, f"{n}", expires_at=at(5) if n == 2 else None) for n in range(4)
         ]
         index(catalog, *made)

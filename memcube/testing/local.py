@@ -1,0 +1,214 @@
+"""A whole system in one process, without Ray or HTTP: SQLite, stores in memory, a manual clock."""
+
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+from memcube.catalog import Catalog, Principal, Role
+from memcube.config import Config
+from memcube.errors import Unavailable
+from memcube.ids import CubeId, TenantId
+from memcube.indexing import Indexer
+from memcube.reader import LlmReader, Reader
+from memcube.reconcile import Reconciler, Report
+from memcube.retrieval.ranker import Hit, Retriever
+from memcube.retrieval.weights import RankerWeights
+from memcube.service import MemoryService
+from memcube.testing.embedding import HashEmbedder
+from memcube.tiers.memory import MemoryStore
+from memcube.tiers.plaintext import IndexedCube, IndexSpec
+from memcube.tiers.shard import PlaintextShard, ShardInfo
+
+START = datetime(2026, 3, 1, 12, tzinfo=UTC)
+
+
+class ManualClock:
+    """A clock that stands still until it is moved."""
+
+    def __init__(self, start: datetime = START) -> None:
+        self.now = start
+
+    def __call__(self) -> datetime:
+        return self.now
+
+    def advance(self, seconds: float) -> None:
+        self.now += timedelta(seconds=seconds)
+
+
+class LocalShard:
+    """A shard in this process that can be down, restart, and come back without some of its cubes.
+
+    ``on_put`` is called before each put: what happens there happens while a put is on its way.
+    """
+
+    def __init__(self, number: int, embedder: HashEmbedder) -> None:
+        self.embedder = embedder
+        self.down = False
+        self.puts: list[list[tuple[CubeId, int]]] = []
+        self.on_put: Callable[[], None] | None = None
+        self._number = number
+        self._epoch = 0
+        self.restart(empty=True)
+
+    def restart(self, *, empty: bool = False) -> None:
+        """Come back under the next epoch; the store keeps its cubes unless ``empty``, never its
+        tombstones of the time before."""
+        self._epoch += 1
+        if empty:
+            self.store = MemoryStore(
+                IndexSpec(embedder=self.embedder.identity, dim=self.embedder.dim)
+            )
+        self.store._tombstones.clear()
+        self._shard = PlaintextShard(
+            self.store,
+            Retriever(self.store, self.embedder, RankerWeights.load()),
+            shard=self._number,
+            epoch=self._epoch,
+            location=f"memory:{self._number}",
+        )
+
+    def held(self) -> dict[CubeId, int]:
+        """What the store holds, by id, with its version."""
+        return {id: c.version for cubes in self.store._cubes.values() for id, c in cubes.items()}
+
+    async def info(self) -> ShardInfo:
+        return await self._reached().info()
+
+    async def put(self, cubes: Sequence[IndexedCube], *, epoch: int) -> None:
+        if self.on_put is not None:
+            before, self.on_put = self.on_put, None
+            before()
+        await self._reached().put(cubes, epoch=epoch)
+        self.puts.append([(cube.id, cube.version) for cube in cubes])
+
+    async def delete(self, tenant: TenantId, versions: Mapping[CubeId, int], *, epoch: int) -> None:
+        await self._reached().delete(tenant, versions, epoch=epoch)
+
+    async def set_state(
+        self, tenant: TenantId, ids: Sequence[CubeId], state: str, *, epoch: int
+    ) -> None:
+        await self._reached().set_state(tenant, ids, state, epoch=epoch)
+
+    async def search(self, tenant: TenantId, query: str, **how: Any) -> list[Hit]:
+        return await self._reached().search(tenant, query, **how)
+
+    async def versions(self) -> list[tuple[TenantId, CubeId, int]]:
+        return await self._reached().versions()
+
+    def _reached(self) -> PlaintextShard:
+        if self.down:
+            raise Unavailable(f"shard {self._number} of the plaintext tier is not there now")
+        return self._shard
+
+
+@dataclass(slots=True)
+class LocalSystem:
+    """The parts, wired as the gateway and the scheduler wire them.
+
+    ``uses`` holds what searches told of their use, until ``reconcile`` counts it.
+    """
+
+    clock: ManualClock
+    catalog: Catalog
+    embedder: HashEmbedder
+    shards: list[LocalShard]
+    indexer: Indexer
+    service: MemoryService
+    reconciler: Reconciler
+    config: Config
+    uses: dict[TenantId, dict[CubeId, int]] = field(default_factory=dict)
+
+    @classmethod
+    def open(
+        cls,
+        folder: Path,
+        *,
+        config: Config | None = None,
+        template: Path | None = None,
+        llm: LlmReader | None = None,
+    ) -> "LocalSystem":
+        """A system over a folder. ``template``, a migrated catalog, saves the migration's time."""
+        config = config or Config(data_dir=folder)
+        file = folder / "catalog.db"
+        if template is not None:
+            shutil.copy(template, file)
+        clock = ManualClock()
+        catalog = Catalog.open(f"sqlite:///{file}")
+        embedder = HashEmbedder()
+        shards = [LocalShard(n, embedder) for n in range(config.plaintext.shards)]
+        indexer = Indexer(catalog, embedder, shards.__getitem__, clock=clock)
+        uses: dict[TenantId, dict[CubeId, int]] = {}
+
+        def used(tenant: TenantId, ids: Sequence[CubeId]) -> None:
+            counts = uses.setdefault(tenant, {})
+            for id in ids:
+                counts[id] = counts.get(id, 0) + 1
+
+        service = MemoryService(
+            catalog,
+            Reader(config.reader, llm),
+            indexer,
+            shards.__getitem__,
+            clock=clock,
+            limits=config.limits,
+            used=used,
+        )
+        # The scheduler is another process with an indexer of its own.
+        reconciler = Reconciler(
+            catalog,
+            Indexer(catalog, embedder, shards.__getitem__, clock=clock),
+            shards.__getitem__,
+            config.scheduler,
+            num_shards=len(shards),
+        )
+        return cls(clock, catalog, embedder, shards, indexer, service, reconciler, config, uses)
+
+    def principal(self, tenant: str = "acme", role: Role = Role.WRITER) -> Principal:
+        """A caller of a tenant, which is made if it is new."""
+        return self.catalog.access.authenticate(self.key(tenant, role), now=self.clock())
+
+    def key(
+        self, tenant: str = "acme", role: Role = Role.WRITER, *, expires_at: datetime | None = None
+    ) -> str:
+        """A new key's secret."""
+        made = self.catalog.access.ensure_tenant(tenant, shards=len(self.shards), now=self.clock())
+        _, secret = self.catalog.access.create_key(
+            tenant=made.id, name="test", role=role, expires_at=expires_at, now=self.clock()
+        )
+        return secret
+
+    async def reconcile(self, *, after_s: float = 3600.0) -> Report:
+        """One round of the reconcile loop, by default after every grace has passed."""
+        self.clock.advance(after_s)
+        counts = dict(self.uses)
+        self.uses.clear()
+        await self.reconciler.record_uses(counts, self.clock())
+        return await self.reconciler.step(self.clock())
+
+    async def status(self) -> dict[str, Any]:
+        """What the gateway's backend tells of the parts."""
+        infos = [await shard.info() for shard in self.shards]
+        return {
+            "shards": [
+                {"shard": i.shard, "epoch": i.epoch, "index": i.index, "location": i.location}
+                for i in infos
+            ],
+            "embedder": {
+                "identity": self.embedder.identity,
+                "dim": self.embedder.dim,
+                "waiting": 0,
+                "texts": 0,
+                "batches": 0,
+            },
+            "scheduler": {"epoch": 1, "rounds": 0, "failures": 0, "last": {}},
+        }
+
+
+def migrated_catalog(folder: Path) -> Path:
+    """An empty catalog at the newest schema, for ``LocalSystem.open`` to copy."""
+    file = folder / "template.db"
+    Catalog.open(f"sqlite:///{file}").close()
+    return file
