@@ -144,7 +144,11 @@ class ReaderConfig(_Section):
 
 
 class Limits(_Section):
-    """What a request may hold; over it the request is refused whole, with the limit named."""
+    """What a request may hold; over it the request is refused whole, with the limit named.
+
+    No limit is below what a request gets that leaves the field out. The limits of names, tags and
+    filters are the same everywhere: they stand in ``serve.models`` and ``memcube.filters``.
+    """
 
     body_bytes: int = Field(default=16 * 1024 * 1024, ge=1024)
     text_chars: int = Field(default=200_000, ge=1)
@@ -152,16 +156,15 @@ class Limits(_Section):
     batch_items: int = Field(default=1000, ge=1)
     batch_texts: int = Field(default=20_000, ge=1)
     query_chars: int = Field(default=8_000, ge=1)
-    top_k: int = Field(default=200, ge=1)
-    page: int = Field(default=500, ge=1)
-    id_chars: int = Field(default=256, ge=1)
-    tags: int = Field(default=64, ge=1)
-    tag_chars: int = Field(default=128, ge=1)
+    top_k: int = Field(default=200, ge=10)
+    page: int = Field(default=500, ge=50)
     metadata_bytes: int = Field(default=16_384, ge=2)
     metadata_depth: int = Field(default=5, ge=1)
-    json_depth: int = Field(default=16, ge=4)
+    json_values: int = Field(
+        default=350_000, ge=100, description="strings, elements and brackets of a body"
+    )
     members: int = Field(default=10_000, ge=1)
-    token_budget: int = Field(default=32_768, ge=1)
+    token_budget: int = Field(default=32_768, ge=1024)
 
 
 class GatewayConfig(_Section):

@@ -17,14 +17,14 @@ from memcube.errors import (
     Forbidden,
     LimitExceeded,
     MemCubeError,
-    Unauthenticated,
     Unavailable,
 )
 from memcube.ids import TenantId
 from memcube.lifecycle import READABLE
 from memcube.reader.messages import Header as CubeHeader
-from serve import models, problems, requests, views
-from serve.backend import Backend, now
+from serve import models, openapi, problems, requests, views
+from serve.backend import Backend
+from serve.guard import GuardedRoute, principal_of
 from serve.metrics import Measured, Metrics
 
 OpenBackend = Callable[[], Awaitable[Backend]]
@@ -38,6 +38,8 @@ _PROBLEMS: dict[int | str, dict[str, Any]] = {
         (413, "Body over the limit"),
         (422, "Bad input; nothing was changed"),
         (503, "A part can't answer now; Retry-After says when to ask again"),
+        (504, "A part did not answer in time; what was asked may have happened"),
+        (507, "No room is left to write; reads go on"),
     )
 }
 Key = Annotated[str, Path(max_length=64, examples=["01a20e3e-d04c-705b-a9c3-c4fffbea30a3"])]
@@ -72,10 +74,12 @@ def create_app(open_backend: OpenBackend, limits: Limits) -> FastAPI:
     app.state.metrics = metrics
     app.state.limits = limits
     problems.install(app)
-    for router in (memories, cubes, keys, system):
+    openapi.install(app)
+    for router in (memories, cubes, keys, state, system):
         app.include_router(router)
-    app.add_middleware(Measured, metrics=metrics)
     app.add_middleware(problems.BodyLimit, limit=limits.body_bytes)
+    app.add_middleware(problems.Named)
+    app.add_middleware(Measured, metrics=metrics)  # the outermost: it counts all that is answered
     return app
 
 
@@ -86,21 +90,11 @@ def backend_of(request: Request) -> Backend:
 Here = Annotated[Backend, Depends(backend_of)]
 
 
-def _secret(request: Request) -> str:
-    given = request.headers.get("x-api-key")
-    if given:
-        return given.strip()
-    scheme, _, secret = request.headers.get("authorization", "").partition(" ")
-    if scheme.lower() not in ("bearer", "token") or not secret.strip():
-        raise Unauthenticated
-    return secret.strip()
-
-
 def caller(needed: Role) -> Any:
     """Who calls, if the key's role allows it."""
 
-    async def check(request: Request, backend: Here) -> Principal:
-        principal = await backend.service.authenticate(_secret(request))
+    async def check(request: Request) -> Principal:
+        principal = principal_of(request)
         if not principal.role.allows(needed):
             raise Forbidden(principal.role, needed)
         return principal
@@ -112,9 +106,15 @@ Reader = Annotated[Principal, caller(Role.READER)]
 Writer = Annotated[Principal, caller(Role.WRITER)]
 Admin = Annotated[Principal, caller(Role.ADMIN)]
 
-memories = APIRouter(prefix="/v1", tags=["memories"], responses=_PROBLEMS)
-cubes = APIRouter(prefix="/v1/cubes", tags=["cubes"], responses=_PROBLEMS)
-keys = APIRouter(prefix="/v1/keys", tags=["keys"], responses=_PROBLEMS)
+
+def _guarded(prefix: str, tag: str) -> APIRouter:
+    return APIRouter(prefix=prefix, tags=[tag], responses=_PROBLEMS, route_class=GuardedRoute)
+
+
+memories = _guarded("/v1", "memories")
+cubes = _guarded("/v1/cubes", "cubes")
+keys = _guarded("/v1/keys", "keys")
+state = _guarded("/v1", "system")
 system = APIRouter(tags=["system"])
 
 
@@ -125,7 +125,7 @@ async def add(
     """Remember messages (one memory a turn) or a text. Answered when it is safe on disk and, unless
     `wait` is `stored`, found by the next search. An exact repeat in the same scope is counted, not
     stored twice."""
-    wanted = requests.add_request(body, here.config.limits, now=now())
+    wanted = requests.add_request(body, here.config.limits, now=here.clock())
     (outcome,) = await here.service.add(
         who,
         [wanted],
@@ -150,7 +150,7 @@ async def add_batch(
         if item.infer:
             raise BadRequest("add it alone: a batch is stored without a model", f"items[{i}].infer")
     wanted = [
-        requests.add_request(item, limits, now=now(), at=f"items[{i}].")
+        requests.add_request(item, limits, now=here.clock(), at=f"items[{i}].")
         for i, item in enumerate(body.items)
     ]
     outcomes = await here.service.add(
@@ -198,7 +198,7 @@ async def context(body: models.ContextBody, who: Reader, here: Here) -> JSONResp
         raise LimitExceeded("token_budget", limits.token_budget, body.token_budget)
     if body.top_k is not None and body.top_k > limits.top_k:
         raise LimitExceeded("top_k", limits.top_k, body.top_k)
-    query = requests.query_of(body)
+    query = requests.query_of(body, limits)
     block = await here.service.context(
         who,
         requests.checked_query(
@@ -306,12 +306,11 @@ async def update(id: Key, body: models.UpdateBody, who: Writer, here: Here) -> J
     for name in ("text", "metadata", "tags"):
         if name in given and getattr(body, name) is None:
             raise BadRequest("can't be null; leave it out to keep it", name)
-    if body.text is not None and len(body.text) > limits.text_chars:
-        raise LimitExceeded("characters of text", limits.text_chars, len(body.text))
+    requests.check_text(body.text, limits)
     if body.text is not None and not body.text.strip():
         raise BadRequest("is empty", "text")
     expires_at = requests.utc(body.expires_at, "expires_at")
-    if expires_at is not None and expires_at <= now():
+    if expires_at is not None and expires_at <= here.clock():
         raise BadRequest("is in the past; delete it instead", "expires_at")
     change = Change(
         text=body.text if body.text is not None else UNSET,
@@ -345,19 +344,16 @@ async def create_cube(
 ) -> JSONResponse:
     """A cube that holds others in order: a profile, a conversation, a knowledge base."""
     limits = here.config.limits
-    meta = requests.metadata(body.metadata, limits)
-    if body.title is not None:
-        meta["title"] = body.title
+    title = {} if body.title is None else {"title": body.title}
     header = CubeHeader(
         user_id=body.user_id,
         agent_id=body.agent_id,
         run_id=body.run_id,
         kind=body.kind,
         tags=tuple(dict.fromkeys(body.tags)),
-        metadata=meta,
+        metadata=requests.metadata({**body.metadata, **title}, limits),
     )
-    if len(body.text) > limits.text_chars:
-        raise LimitExceeded("characters of text", limits.text_chars, len(body.text))
+    requests.check_text(body.text, limits)
     cube = await here.service.create_composite(
         who,
         body.members,
@@ -377,7 +373,9 @@ async def compose(
         user_id=body.user_id,
         agent_id=body.agent_id,
         run_id=body.run_id,
-        metadata={} if body.title is None else {"title": body.title},
+        metadata=requests.metadata(
+            {} if body.title is None else {"title": body.title}, here.config.limits
+        ),
     )
     cube = await here.service.create_composite(
         who,
@@ -395,6 +393,7 @@ async def fuse(
     body: models.FuseBody, who: Writer, here: Here, key: RetryKey = None
 ) -> JSONResponse:
     """One memory of several, with all of them as parents; they become `merged` and leave search."""
+    requests.check_text(body.text, here.config.limits)
     cube = await here.service.fuse(
         who, body.ids, text=body.text, idempotency=requests.idempotency(key, "fuse", body)
     )
@@ -464,15 +463,16 @@ async def create_key(body: models.KeyBody, who: Admin, here: Here) -> JSONRespon
     role = Role(body.role)
     if not who.role.allows(role):
         raise Forbidden(who.role, role)
+    expires_at = requests.utc(body.expires_at, "expires_at")
+    if expires_at is not None and expires_at <= here.clock():
+        raise BadRequest("is in the past", "expires_at")
     tenant = who.tenant
     if body.tenant is not None and body.tenant != who.tenant:
         if who.role is not Role.OPERATOR:
             raise Forbidden(who.role, Role.OPERATOR)
         made = await here.service.ensure_tenant(body.tenant, shards=here.config.plaintext.shards)
         tenant = TenantId(made.id)
-    info, secret = await here.service.create_key(
-        tenant, body.name, role, requests.utc(body.expires_at, "expires_at")
-    )
+    info, secret = await here.service.create_key(tenant, body.name, role, expires_at)
     return JSONResponse(views.key(info, secret), 201)
 
 
@@ -490,8 +490,10 @@ async def revoke_key(id: Key, who: Admin, here: Here) -> JSONResponse:
     return JSONResponse({"id": id, "deleted": True})
 
 
-@system.get(
-    "/v1/status", summary="What the system holds and how its parts are", responses=_PROBLEMS
+@state.get(
+    "/status",
+    response_model=models.StatusOut,
+    summary="What the system holds and how its parts are",
 )
 async def status(who: Reader, here: Here) -> JSONResponse:
     """Counts are the tenant's own."""

@@ -11,7 +11,7 @@ from typing import Any
 from memcube.catalog import Catalog
 from memcube.config import Config
 from memcube.ids import CubeId, TenantId
-from memcube.indexing import Indexer
+from memcube.indexing import Clock, Indexer
 from memcube.reader import LlmReader, Reader
 from memcube.service import MemoryService
 
@@ -25,14 +25,11 @@ class Backend:
     service: MemoryService
     catalog: Catalog
     config: Config
+    clock: Clock
     status: Status
     """Asks every part; raises Unavailable when one does not answer."""
 
     close: Callable[[], Awaitable[None]]
-
-
-def now() -> datetime:
-    return datetime.now(UTC)
 
 
 class UsageBuffer:
@@ -63,6 +60,10 @@ class UsageBuffer:
             self._send(dict(counts))
 
 
+def _now() -> datetime:
+    return datetime.now(UTC)
+
+
 async def open_backend(config: Config) -> Backend:
     """Connect to the actors (made if they are missing) and to the catalog."""
     import httpx
@@ -88,9 +89,9 @@ async def open_backend(config: Config) -> Backend:
     service = MemoryService(
         catalog,
         Reader(config.reader, llm),
-        Indexer(catalog, embedder, shards, clock=now),
+        Indexer(catalog, embedder, shards, clock=_now),
         shards,
-        clock=now,
+        clock=_now,
         limits=config.limits,
         used=uses.add,
     )
@@ -116,7 +117,7 @@ async def open_backend(config: Config) -> Backend:
         await http.aclose()
         await asyncio.to_thread(catalog.close)
 
-    return Backend(service, catalog, config, status, close)
+    return Backend(service, catalog, config, _now, status, close)
 
 
 def _fire(ref: object) -> None:

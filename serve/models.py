@@ -22,12 +22,19 @@ def _clean(value: str) -> str:
 Text = Annotated[str, AfterValidator(_clean)]
 Id = Annotated[str, Field(min_length=1, max_length=256), AfterValidator(_clean)]
 Tag = Annotated[str, Field(min_length=1, max_length=128), AfterValidator(_clean)]
-Tags = Annotated[list[Tag], Field(max_length=64)]
-CubeIds = Annotated[list[Id], Field(max_length=1000)]
+# One mistake is told, so one is looked for: a list of a million would give a million errors.
+Tags = Annotated[list[Tag], Field(max_length=64, fail_fast=True)]
+Ids = Annotated[list[Id], Field(fail_fast=True)]
+CubeIds = Annotated[Ids, Field(max_length=1000)]
+_ONE, _TWO = "01a20e3e-d04c-705b-a9c3-c4fffbea30a3", "01a20e3f-11d2-7c4e-8b1f-6d2f0a9e7c55"
 
 
 class Body(BaseModel):
     model_config = ConfigDict(extra="forbid")
+
+
+def _examples(*examples: dict[str, Any]) -> ConfigDict:
+    return ConfigDict(extra="forbid", json_schema_extra={"examples": list(examples)})
 
 
 class MessageBody(Body):
@@ -38,6 +45,9 @@ class MessageBody(Body):
     name: Id | None = Field(None, description="Who speaks; kept with the memory.", examples=["Ann"])
     time: datetime | None = Field(None, description="When it was said; no zone means UTC.")
     id: Id | None = Field(None, description="Your own id of the message; comes back in `sources`.")
+
+
+Messages = Annotated[list[MessageBody], Field(fail_fast=True)]
 
 
 class ScopeBody(Body):
@@ -51,7 +61,7 @@ class ScopeBody(Body):
 class AddBody(ScopeBody):
     """Messages or a text to remember."""
 
-    messages: list[MessageBody] | None = None
+    messages: Messages | None = None
     text: Text | None = None
     kind: Kind | None = Field(None, description="Default: episode for messages, fact for a text.")
     origin: Origin = Origin.USER_INPUT
@@ -69,25 +79,29 @@ class AddOneBody(AddBody):
         "indexed", description="`indexed`: the next search finds it. `stored`: it is safe on disk."
     )
 
-    model_config = ConfigDict(
-        extra="forbid",
-        json_schema_extra={
-            "examples": [
-                {
-                    "messages": [{"role": "user", "content": "I moved to Oslo.", "name": "Ann"}],
-                    "user_id": "ann",
-                },
-                {"text": "Ann prefers tea to coffee.", "user_id": "ann", "tags": ["taste"]},
-            ]
+    model_config = _examples(
+        {
+            "messages": [{"role": "user", "content": "I moved to Oslo.", "name": "Ann"}],
+            "user_id": "ann",
         },
+        {"text": "Ann prefers tea to coffee.", "user_id": "ann", "tags": ["taste"]},
     )
 
 
 class BatchBody(Body):
     """Up to 1,000 adds, stored all or none. `infer` is for single adds."""
 
-    items: list[AddBody] = Field(min_length=1)
+    items: Annotated[list[AddBody], Field(min_length=1, fail_fast=True)]
     wait: Literal["indexed", "stored"] = "indexed"
+
+    model_config = _examples(
+        {
+            "items": [
+                {"text": "Ann prefers tea to coffee.", "user_id": "ann"},
+                {"messages": [{"role": "user", "content": "Hello!"}], "user_id": "bob"},
+            ]
+        }
+    )
 
 
 class SearchBody(ScopeBody):
@@ -104,9 +118,22 @@ class SearchBody(ScopeBody):
         default_factory=list, description="Only these cubes and the members of composites."
     )
     top_k: int = Field(10, ge=1)
-    threshold: float | None = Field(None, description="Leave out hits that score below.")
+    threshold: float | None = Field(
+        None, allow_inf_nan=False, description="Leave out hits that score below."
+    )
     mode: Mode = Mode.HYBRID
     explain: bool = False
+
+    model_config = _examples(
+        {"query": "Where does Ann live?", "user_id": "ann"},
+        {
+            "query": "tea",
+            "filters": {"or": [{"tags": {"contains": "taste"}}, {"metadata.page": {"gt": 3}}]},
+            "top_k": 5,
+            "mode": "sparse",
+            "explain": True,
+        },
+    )
 
 
 class ContextBody(ScopeBody):
@@ -115,11 +142,16 @@ class ContextBody(ScopeBody):
     query: Annotated[Text, Field(min_length=1)] | None = Field(
         None, examples=["Where does Ann live?"]
     )
-    messages: list[MessageBody] | None = None
+    messages: Messages | None = None
     filters: dict[str, Any] | None = None
     cube_ids: CubeIds = Field(default_factory=list)
     token_budget: int = Field(1024, ge=64)
     top_k: int | None = Field(None, ge=1)
+
+    model_config = _examples(
+        {"query": "Where does Ann live?", "user_id": "ann", "token_budget": 512},
+        {"messages": [{"role": "user", "content": "What should I cook for Ann?"}]},
+    )
 
 
 class UpdateBody(Body):
@@ -131,38 +163,61 @@ class UpdateBody(Body):
     expires_at: datetime | None = Field(None, description="null takes the expiry away.")
     expected_version: int | None = Field(None, ge=1)
 
+    model_config = _examples(
+        {"text": "Ann prefers coffee to tea.", "expected_version": 1},
+        {"tags": ["taste"], "expires_at": None},
+    )
+
 
 class CompositeBody(ScopeBody):
     """A cube that holds others."""
 
-    members: list[Id] = Field(default_factory=list)
+    members: Ids = Field(default_factory=list)
     title: Text | None = Field(None, description="Short for `metadata.title`.")
     text: Text = ""
     kind: Kind | None = None
     metadata: dict[str, Any] = Field(default_factory=dict)
     tags: Tags = Field(default_factory=list)
 
+    model_config = _examples(
+        {"title": "Ann's profile", "members": [_ONE, _TWO], "user_id": "ann"},
+    )
+
 
 class MembersBody(Body):
-    members: list[Id]
+    """The members, in their order."""
+
+    members: Ids
+
+    model_config = _examples({"members": [_TWO, _ONE]})
 
 
 class ComposeBody(ScopeBody):
     """Cubes to hold together; the composite's lineage names them."""
 
-    ids: list[Id] = Field(min_length=1)
+    ids: Annotated[Ids, Field(min_length=1)]
     title: Text | None = None
+
+    model_config = _examples({"ids": [_ONE, _TWO], "title": "What Ann drinks"})
 
 
 class FuseBody(Body):
     """Cubes to make one of; they become `merged`."""
 
-    ids: list[Id] = Field(min_length=2, max_length=100)
-    text: Annotated[Text, Field(min_length=1)] | None = None
+    ids: Annotated[Ids, Field(min_length=2, max_length=100)]
+    text: Annotated[Text, Field(min_length=1)] | None = Field(
+        None, description="Default: the cubes' texts, each once, a line each."
+    )
+
+    model_config = _examples({"ids": [_ONE, _TWO], "text": "Ann drinks tea, and coffee at work."})
 
 
 class RollbackBody(Body):
+    """The version to go back to."""
+
     version: int = Field(ge=1)
+
+    model_config = _examples({"version": 1})
 
 
 class KeyBody(Body):
@@ -172,6 +227,8 @@ class KeyBody(Body):
     role: Literal["reader", "writer", "admin", "operator"] = "writer"
     tenant: Id | None = None
     expires_at: datetime | None = None
+
+    model_config = _examples({"name": "ci", "role": "reader"})
 
 
 class SourceOut(BaseModel):
@@ -340,6 +397,40 @@ class KeyOut(BaseModel):
 
 class KeysOut(BaseModel):
     keys: list[KeyOut]
+
+
+class ShardOut(BaseModel):
+    shard: int
+    epoch: int
+    index: str
+    location: str
+
+
+class EmbedderOut(BaseModel):
+    identity: str
+    dim: int
+    waiting: int
+    texts: int
+    batches: int
+
+
+class SchedulerOut(BaseModel):
+    epoch: int | None = Field(description="Of its lease; null while it does not lead.")
+    rounds: int
+    failures: int
+    last: dict[str, Any] = Field(description="What the last round did.")
+
+
+class StatusOut(BaseModel):
+    version: str
+    tenant: str
+    role: str
+    cubes: dict[str, int] = Field(description="The tenant's cubes, by state.")
+    pending_index: int
+    pending_removal: int
+    shards: list[ShardOut]
+    embedder: EmbedderOut
+    scheduler: SchedulerOut
 
 
 class ProblemOut(BaseModel):

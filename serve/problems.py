@@ -14,6 +14,8 @@ from memcube.errors import LimitExceeded, MemCubeError, Unauthenticated, Unavail
 
 log = logging.getLogger("memcube.gateway")
 MEDIA_TYPE = "application/problem+json"
+MAX_DETAIL = 500
+MAX_FIELD = 200
 
 
 def problem(
@@ -25,17 +27,25 @@ def problem(
     headers: dict[str, str] | None = None,
     **more: Any,
 ) -> JSONResponse:
-    """One error answer."""
+    """One error answer. What it repeats of the request is cut short and made text."""
     body = {
         "type": f"urn:memcube:{code}",
         "title": code.replace("_", " "),
         "status": status,
         "code": code,
-        "detail": detail,
+        "detail": _told(detail, MAX_DETAIL),
         "request_id": request_id,
     }
+    if isinstance(more.get("field"), str):
+        more["field"] = _told(more["field"], MAX_FIELD)
     body |= {name: value for name, value in more.items() if value is not None}
     return JSONResponse(body, status, headers, MEDIA_TYPE)
+
+
+def _told(text: str, most: int) -> str:
+    """A text that may be half a surrogate pair or a megabyte, as one that can be sent."""
+    sendable = text.encode("utf-8", "backslashreplace").decode()
+    return sendable if len(sendable) <= most else f"{sendable[: most - 1]}…"
 
 
 def of_error(error: MemCubeError, request_id: str) -> JSONResponse:
@@ -68,15 +78,13 @@ def install(app: FastAPI) -> None:
     @app.exception_handler(RequestValidationError)
     async def _invalid(request: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
-        where = [
-            str(part) for part in first["loc"] if part not in ("body", "query", "path", "header")
-        ]
+        field = _place(first["loc"])
         return problem(
             request_id(request),
             status=422,
             code="bad_request",
-            detail=f"{'.'.join(where) or 'body'}: {first['msg']}",
-            field=".".join(where) or None,
+            detail=f"{field or 'body'}: {first['msg']}",
+            field=field,
         )
 
     @app.exception_handler(HTTPException)
@@ -84,23 +92,22 @@ def install(app: FastAPI) -> None:
         # FastAPI hides whatever went wrong while it read the body behind a bare 400.
         if isinstance(error.__cause__, LimitExceeded | RecursionError):
             return _over(error.__cause__, request_id(request))
+        if isinstance(error.__cause__, MemCubeError):
+            return of_error(error.__cause__, request_id(request))
         codes = {404: "not_found", 405: "method_not_allowed", 400: "bad_request"}
         return problem(
             request_id(request),
             status=422 if error.status_code == 400 else error.status_code,
             code=codes.get(error.status_code, "http_error"),
             detail=f"{request.method} {request.url.path}: {error.detail}",
+            headers=dict(error.headers or {}),
         )
 
-    @app.exception_handler(Exception)
-    async def _unexpected(request: Request, error: Exception) -> JSONResponse:
-        log.error("%s %s failed", request.method, request.url.path, exc_info=error)
-        return problem(
-            request_id(request),
-            status=500,
-            code="internal",
-            detail="an error of ours; the log has it under this request_id",
-        )
+
+def _place(where: tuple[int | str, ...]) -> str | None:
+    """``messages[0].content`` of ``("body", "messages", 0, "content")``."""
+    parts = (f"[{part}]" if isinstance(part, int) else f".{part}" for part in where[1:])
+    return "".join(parts).removeprefix(".") or None
 
 
 def _over(over: LimitExceeded | RecursionError, id: str) -> JSONResponse:
@@ -114,8 +121,43 @@ def request_id(request: Request) -> str:
     return request.scope.get("memcube_request_id", "")
 
 
+class Named:
+    """Names each request, and answers what nobody else answered with a 500 that tells nothing."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        id = scope["memcube_request_id"] = secrets.token_hex(8)
+        started = False
+
+        async def named(message: Message) -> None:
+            nonlocal started
+            if message["type"] == "http.response.start":
+                started = True
+                message.setdefault("headers", []).append((b"x-request-id", id.encode()))
+            await send(message)
+
+        try:
+            await self._app(scope, receive, named)
+        except Exception:
+            log.exception("request %s, %s %s, failed", id, scope["method"], scope["path"])
+            if started:
+                raise
+            answer = problem(
+                id,
+                status=500,
+                code="internal",
+                detail="an error of ours; the log has it under this request_id",
+            )
+            await answer(scope, receive, named)
+
+
 class BodyLimit:
-    """Refuses a body over the limit before it is read whole, and names each request."""
+    """Refuses a body over the limit before it is read whole."""
 
     def __init__(self, app: ASGIApp, *, limit: int) -> None:
         self._app = app
@@ -125,8 +167,6 @@ class BodyLimit:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        id = scope["memcube_request_id"] = secrets.token_hex(8)
-        stated = dict(scope["headers"]).get(b"content-length", b"0")
         started = False
         received = 0
 
@@ -138,18 +178,21 @@ class BodyLimit:
                 raise LimitExceeded("bytes of the body", self._limit)
             return message
 
-        async def named(message: Message) -> None:
+        async def noting(message: Message) -> None:
             nonlocal started
-            if message["type"] == "http.response.start":
-                started = True
-                message.setdefault("headers", []).append((b"x-request-id", id.encode()))
+            started = started or message["type"] == "http.response.start"
             await send(message)
 
         try:
-            if stated.isdigit() and int(stated) > self._limit:
-                raise LimitExceeded("bytes of the body", self._limit, int(stated))
-            await self._app(scope, limited, named)
+            self._check(dict(scope["headers"]).get(b"content-length", b"0"))
+            await self._app(scope, limited, noting)
         except (LimitExceeded, RecursionError) as over:
             if started:
                 raise
-            await _over(over, id)(scope, receive, named)
+            await _over(over, scope["memcube_request_id"])(scope, receive, send)
+
+    def _check(self, stated: bytes) -> None:
+        # 18 digits are more than any limit, and few enough to be a number.
+        if stated.isdigit() and int(stated[:19]) > self._limit:
+            given = int(stated) if len(stated) < 19 else None
+            raise LimitExceeded("bytes of the body", self._limit, given)

@@ -44,11 +44,8 @@ def add_request(body: AddBody, limits: Limits, *, now: datetime, at: str = "") -
         expires_at = now + timedelta(seconds=body.ttl_s)
     if expires_at is not None and expires_at <= now:
         raise BadRequest("is in the past", f"{at}expires_at")
-    if body.messages is not None and len(body.messages) > limits.messages:
-        raise LimitExceeded(f"{at}messages", limits.messages, len(body.messages))
-    for text in (body.text, *(m.content for m in body.messages or ())):
-        if text is not None and len(text) > limits.text_chars:
-            raise LimitExceeded(f"characters of {at}text", limits.text_chars, len(text))
+    _check_lengths(body.messages, limits, at=at)
+    check_text(body.text, limits, at=at)
     header = Header(
         user_id=body.user_id,
         agent_id=body.agent_id,
@@ -66,7 +63,28 @@ def add_request(body: AddBody, limits: Limits, *, now: datetime, at: str = "") -
         messages = tuple(
             _message(m, f"{at}messages[{i}].time") for i, m in enumerate(body.messages)
         )
-    return AddRequest(messages=messages, text=body.text, header=header, infer=body.infer)
+    return AddRequest(messages=messages, text=body.text, header=header, infer=body.infer, at=at)
+
+
+def check_text(text: str | None, limits: Limits, *, at: str = "") -> None:
+    """Refuse a text over the limit.
+
+    Raises:
+        LimitExceeded: it is.
+    """
+    if text is not None and len(text) > limits.text_chars:
+        raise LimitExceeded(f"characters of {at}text", limits.text_chars, len(text))
+
+
+def _check_lengths(messages: Sequence[MessageBody] | None, limits: Limits, *, at: str = "") -> None:
+    if messages is None:
+        return
+    if len(messages) > limits.messages:
+        raise LimitExceeded(f"{at}messages", limits.messages, len(messages))
+    for i, message in enumerate(messages):
+        if len(message.content) > limits.text_chars:
+            what = f"characters of {at}messages[{i}].content"
+            raise LimitExceeded(what, limits.text_chars, len(message.content))
 
 
 def _message(body: MessageBody, field: str) -> Message:
@@ -86,31 +104,26 @@ def metadata(value: Mapping[str, Any], limits: Limits, *, at: str = "") -> dict[
         BadRequest, LimitExceeded: too deep, too large, NaN, NUL or half a surrogate pair.
     """
     field = f"{at}metadata"
-    _check_depth(value, limits.metadata_depth, field)
+    _check(value, field, limits.metadata_depth, limits.metadata_depth)
     try:
         encoded = json.dumps(value, allow_nan=False, ensure_ascii=False).encode()
     except ValueError:
         raise BadRequest("holds NaN, infinity or half of a surrogate pair", field) from None
-    if b"\\u0000" in encoded:
-        raise BadRequest("can't hold a NUL character", field)
     if len(encoded) > limits.metadata_bytes:
         raise LimitExceeded(f"bytes of {field}", limits.metadata_bytes, len(encoded))
     return dict(value)
 
 
-def _check_depth(value: Any, left: int, field: str) -> None:
-    if left == 0:
-        raise LimitExceeded(f"depth of {field}", 5)
-    inner: Sequence[Any] = ()
-    if isinstance(value, dict):
-        inner = list(value.values())
-    elif isinstance(value, list):
-        inner = value
-    elif isinstance(value, int) and not isinstance(value, bool) and abs(value) >= 2**63:
+def _check(value: Any, field: str, left: int, depth: int) -> None:
+    if isinstance(value, dict | list):
+        if left == 0:
+            raise LimitExceeded(f"depth of {field}", depth)
+        for inner in (*value, *value.values()) if isinstance(value, dict) else value:
+            _check(inner, field, left - 1, depth)
+    elif isinstance(value, str) and "\0" in value:
+        raise BadRequest("can't hold a NUL character", field)
+    elif isinstance(value, int) and abs(value) >= 2**63:
         raise BadRequest("an integer has at most 64 bits", field)
-    for element in inner:
-        if isinstance(element, dict | list | int):
-            _check_depth(element, left - 1 if isinstance(element, dict | list) else left, field)
 
 
 def search_scope(body: SearchBody | ContextBody) -> SearchScope:
@@ -124,16 +137,17 @@ def search_scope(body: SearchBody | ContextBody) -> SearchScope:
     )
 
 
-def query_of(body: ContextBody) -> str:
+def query_of(body: ContextBody, limits: Limits) -> str:
     """What a context is about: the query, or the last messages, the newest first in weight.
 
     Raises:
-        BadRequest: neither or both are given, or nothing is in them.
+        BadRequest, LimitExceeded: neither or both are given, or nothing or too much is in them.
     """
     if (body.query is None) == (body.messages is None):
         raise BadRequest("give either query or messages", "query")
     if body.query is not None:
         return body.query
+    _check_lengths(body.messages, limits)
     spoken = [m.content.strip() for m in body.messages or () if m.content.strip()]
     if not spoken:
         raise BadRequest("hold no text", "messages")

@@ -1,0 +1,170 @@
+"""The HTTP application over a system in this process: no Ray, no socket, a manual clock."""
+
+import functools
+import json
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import httpx
+import pytest
+from fastapi import FastAPI
+
+from memcube.catalog import Role
+from memcube.config import Limits
+from memcube.testing.local import LocalSystem
+from serve.app import create_app
+from serve.backend import Backend
+from serve.problems import MEDIA_TYPE
+
+_UNSET: Any = object()
+
+
+class Api:
+    """One application; ``key`` is a writer's of the tenant ``acme``."""
+
+    def __init__(self, system: LocalSystem, *, app: FastAPI | None = None) -> None:
+        self.system = system
+        self.app = app or _app_of(system.config.limits)
+        self.app.state.backend = _backend_of(system)
+        self.key = system.key()
+        self.client = httpx.AsyncClient(
+            transport=httpx.ASGITransport(self.app, raise_app_exceptions=False),
+            base_url="http://memcube",
+        )
+
+    async def call(
+        self,
+        method: str,
+        path: str,
+        body: Any = _UNSET,
+        *,
+        key: str | None = "",
+        headers: dict[str, str] | None = None,
+        **rest: Any,
+    ) -> httpx.Response:
+        """The response. ``key``: the writer's by default, None for none. A body that is no ``bytes``
+        goes as JSON, also where the standard has no word for it (NaN, half a surrogate pair)."""
+        sent = dict(headers or {})
+        if key is not None:
+            sent.setdefault("authorization", f"Bearer {key or self.key}")
+        if body is not _UNSET:
+            sent.setdefault("content-type", "application/json")
+            rest["content"] = body if isinstance(body, bytes) else json.dumps(body).encode()
+        return await self.client.request(method, path, headers=sent, **rest)
+
+    async def ok(self, method: str, path: str, body: Any = _UNSET, **rest: Any) -> Any:
+        """The JSON of a response of success."""
+        response = await self.call(method, path, body, **rest)
+        assert response.is_success, response.text
+        return response.json()
+
+    async def problem(
+        self, status: int, code: str, method: str, path: str, body: Any = _UNSET, **rest: Any
+    ) -> dict[str, Any]:
+        """The problem of a refused request, with what every problem must have checked."""
+        response = await self.call(method, path, body, **rest)
+        told = self.check(response)
+        assert (told["status"], told["code"]) == (status, code), told
+        return told
+
+    @staticmethod
+    def check(response: httpx.Response) -> dict[str, Any]:
+        """A refusal's body, which must be a whole problem of bounded size."""
+        assert 400 <= response.status_code < 500 or response.status_code == 503, response.text
+        assert response.headers["content-type"] == MEDIA_TYPE
+        assert len(response.content) < 2_000
+        told = response.json()
+        assert told["status"] == response.status_code
+        assert told["type"] == f"urn:memcube:{told['code']}"
+        assert told["title"]
+        assert told["detail"]
+        assert told["request_id"] == response.headers["x-request-id"]
+        return told
+
+    async def add(self, text: str, **more: Any) -> str:
+        """The id of a new memory."""
+        rest = {"key": more.pop("key")} if "key" in more else {}
+        body = {"text": text, "user_id": "ann", **more}
+        return (await self.ok("POST", "/v1/memories", body, **rest))["results"][0]["id"]
+
+    async def texts(self, query: str, *, key: str = "", **body: Any) -> list[str]:
+        """Texts of a sparse search's hits, best first."""
+        asked = {"query": query, "mode": "sparse", **body}
+        found = await self.ok("POST", "/v1/memories/search", asked, key=key)
+        return [hit["text"] for hit in found["results"]]
+
+    async def everything(self, *, key: str = "") -> list[dict[str, Any]]:
+        """The tenant's memories, as the longest page shows them."""
+        limit = self.system.config.limits.page
+        return (await self.ok("GET", f"/v1/memories?limit={limit}", key=key))["results"]
+
+
+async def _nothing() -> None:
+    return None
+
+
+def _backend_of(system: LocalSystem) -> Backend:
+    return Backend(
+        service=system.service,
+        catalog=system.catalog,
+        config=system.config,
+        clock=system.clock,
+        status=system.status,
+        close=_nothing,
+    )
+
+
+async def _opened_by_api() -> Backend:
+    raise AssertionError("the test gives the backend")
+
+
+@functools.cache
+def _app_of(limits: Limits) -> FastAPI:
+    """One application for many tests: the first request to one costs a tenth of a second."""
+    return create_app(_opened_by_api, limits)
+
+
+@pytest.fixture(scope="session")
+def open_api() -> Callable[..., Api]:
+    """For tests that need a system of their own."""
+    return Api
+
+
+@pytest.fixture
+async def api(system: LocalSystem) -> AsyncIterator[Api]:
+    opened = Api(system)
+    async with opened.client:
+        yield opened
+
+
+@pytest.fixture
+async def counted(system: LocalSystem) -> AsyncIterator[Api]:
+    """With an application of its own, whose metrics begin at 0, and which opens its backend."""
+
+    async def open_here() -> Backend:
+        return _backend_of(system)
+
+    opened = Api(system, app=create_app(open_here, system.config.limits))
+    async with opened.client:
+        yield opened
+
+
+@pytest.fixture
+def reader(system: LocalSystem) -> str:
+    return system.key(role=Role.READER)
+
+
+@pytest.fixture
+def admin(system: LocalSystem) -> str:
+    return system.key(role=Role.ADMIN)
+
+
+@pytest.fixture
+def operator(system: LocalSystem) -> str:
+    return system.key(role=Role.OPERATOR)
+
+
+@pytest.fixture
+def other(system: LocalSystem) -> str:
+    """A writer's key of another tenant."""
+    return system.key("other")
