@@ -157,8 +157,25 @@ class PackedModel:
         except _Enough:
             row.buffer.length = max(row.buffer.length, spans[0].num_keys)
 
+    def taken(self, row: Row) -> Tensor:
+        """What the row's tokens take from each filled slot: attention weight times the length of
+        the value, summed over tokens, heads and layers. float32, of shape (filled slots,).
+
+        The buffer keeps its length; what lies behind it is overwritten.
+        """
+        taken_N = torch.zeros(row.buffer.length, device=self.device)
+        self._run(_spans([row]), [], taken_N=taken_N)
+        return taken_N
+
     @torch.inference_mode()
-    def _run(self, spans: "list[_Span]", keep: list[int], last_layer: int | None = None) -> Any:
+    def _run(
+        self,
+        spans: "list[_Span]",
+        keep: list[int],
+        *,
+        last_layer: int | None = None,
+        taken_N: Tensor | None = None,
+    ) -> Any:
         ids = [token for span in spans for token in span.row.token_ids]
         positions = [position for span in spans for position in span.positions]
         # One transfer to the device for both.
@@ -168,7 +185,7 @@ class PackedModel:
             position_ids=ids_2T[1:],
             use_cache=False,
             logits_to_keep=torch.tensor(keep, dtype=torch.long, device=self.device),
-            memcube_packed=_Packed(spans, last_layer),
+            memcube_packed=_Packed(spans, last_layer, taken_N),
         )
 
     def _check(self, name: str) -> None:
@@ -190,6 +207,17 @@ class PackedModel:
                 f"{name} computes its attention in a way of its own; it can't be served",
                 "model.name",
             )
+
+
+def _lay_out(model: PreTrainedModel) -> None:
+    """Keep the linear layers' float32 weights transposed: their values and shapes stay.
+
+    On a CPU a step of some tokens is then faster: of SmolLM2 over 500 slots, 8 rows of one token
+    134 CPU-ms instead of 161, a row of 30 tokens 129 instead of 150; one token, or 256, as before.
+    """
+    for layer in model.modules():
+        if isinstance(layer, torch.nn.Linear) and layer.weight.dtype is torch.float32:
+            layer.weight.data = layer.weight.data.t().contiguous().t()
 
 
 class _Enough(Exception):
@@ -234,6 +262,7 @@ class _Span:
 class _Packed:
     spans: list[_Span]
     last_layer: int | None
+    taken_N: Tensor | None
 
 
 def _spans(rows: Sequence[Row]) -> list[_Span]:
@@ -298,14 +327,17 @@ def _attend(
         first = 0
         if span.num_tokens == 1 and sliding_window is not None:
             first = max(0, span.num_keys - sliding_window)
+        seen = slice(first, span.num_keys)
         out_ATD[:, part] = _attend_row(
             query_1ATD[:, :, part],
-            key_HND[None, :, first : span.num_keys],
-            value_HND[None, :, first : span.num_keys, :value_dim],
+            key_HND[None, :, seen],
+            value_HND[None, :, seen, :value_dim],
             span,
             scaling,
             sliding_window,
         )
+        if memcube_packed.taken_N is not None:
+            _add_taken(memcube_packed.taken_N, query_1ATD[0], key_HND, value_HND, span, scaling)
     if layer == memcube_packed.last_layer:
         raise _Enough
     return out_ATD.transpose(0, 1)[None], None
@@ -347,3 +379,23 @@ def _attend_row(
         scale=scaling,
     )
     return out_1HQD.reshape(num_queries, num_tokens, -1)
+
+
+def _add_taken(
+    taken_N: Tensor,
+    query_ATD: Tensor,
+    key_HND: Tensor,
+    value_HND: Tensor,
+    span: _Span,
+    scaling: float | None,
+) -> None:
+    num_queries, num_tokens, dim = query_ATD.shape
+    groups = num_queries // key_HND.shape[0]
+    hidden = ~span.mask(groups, None)
+    query_HQD = query_ATD.reshape(-1, groups * num_tokens, dim)
+    # Head by head, as the weights of all heads at once would be large.
+    for query_QD, key_ND, value_ND in zip(query_HQD, key_HND, value_HND, strict=True):
+        scores_QN = query_QD @ key_ND[: span.num_keys].T * (scaling or dim**-0.5)
+        weights_QN = scores_QN.float().masked_fill(hidden, -torch.inf).softmax(dim=-1)
+        lengths_N = value_ND[: len(taken_N)].float().norm(dim=-1)
+        taken_N += weights_QN[:, : len(taken_N)].sum(dim=0) * lengths_N
