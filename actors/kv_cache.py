@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Collection
+from collections.abc import AsyncGenerator, Collection
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, cast
@@ -16,6 +16,7 @@ from actors.calls import answer
 from actors.kv_store import RemoteKvStore, spawn_kv_store_actor
 from memcube.activation.contract import Usage
 from memcube.activation.engine import Engine, EngineLimits
+from memcube.activation.forward import PackedModel
 from memcube.activation.lower import StoreBelow
 from memcube.activation.media import MediumStats
 from memcube.activation.models import load_model
@@ -56,7 +57,7 @@ class KvStats:
 class _Open:
     host: ChatHost
     engine: Engine
-    store: ActorHandle[Any] | None
+    store: Any
     info: ModelInfo
 
 
@@ -83,13 +84,15 @@ class KVCacheActor:
         wanted = config.activation
         loaded = await asyncio.to_thread(load_model, config.model, config.model_folder())
         node = ray.get_runtime_context().get_node_id()
-        store = lower = None
+        store: Any = None
+        lower = None
         if wanted.host_mb or wanted.disk_mb or wanted.object_mb:
             store = spawn_kv_store_actor(
                 config, node=node, model=loaded.fingerprint, layout=loaded.layout
             )
             lower = StoreBelow(RemoteKvStore(store), loaded, codec=wanted.codec)
         engine = Engine(
+            PackedModel(loaded),
             loaded,
             policy=Retention(wanted.device_mb * MIB),
             limits=EngineLimits(
@@ -116,7 +119,7 @@ class KVCacheActor:
         """What runs here; returns when it is loaded."""
         return (await self._opened()).info
 
-    async def chat(self, prompt: ChatPrompt) -> AsyncIterator[ChatPiece]:
+    async def chat(self, prompt: ChatPrompt) -> AsyncGenerator[ChatPiece]:
         """The answer in pieces."""
         host = (await self._opened()).host
         async with aclosing(host.chat(prompt)) as pieces:
@@ -134,7 +137,7 @@ class KVCacheActor:
     async def residency(self, cube: str) -> dict[str, int]:
         """Bytes that hold a cube, by medium."""
         opened = await self._opened()
-        on_device = opened.engine.resident_bytes(cube)
+        on_device = await opened.engine.resident_bytes(cube)
         found = {"device": on_device} if on_device else {}
         if opened.store is not None:
             found |= await opened.store.residency.remote(cube)
@@ -172,7 +175,7 @@ class RemoteChatModel:
         call = self._handle.describe.remote()
         return await answer(call, of=self._name, deadline_s=LOAD_DEADLINE_S)
 
-    async def chat(self, prompt: ChatPrompt) -> AsyncIterator[ChatPiece]:
+    async def chat(self, prompt: ChatPrompt) -> AsyncGenerator[ChatPiece]:
         """The answer in pieces; closing the iterator ends the work there."""
         refs = self._handle.chat.options(num_returns="streaming").remote(prompt)
         # The engine keeps the deadline; this one is for an engine that is gone without a word.

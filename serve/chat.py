@@ -4,11 +4,11 @@ import base64
 import json
 import secrets
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
 
-from fastapi import APIRouter, Request, Response
+from fastapi import Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 
 from memcube.activation.contract import FinishReason, Mode, Sampling
@@ -30,10 +30,10 @@ from memcube.service import SearchScope
 from serve import chat_models as models
 from serve import problems
 from serve.backend import Backend
-from serve.dependencies import PROBLEMS, Here, Reader
+from serve.dependencies import Here, Reader, guarded
+from serve.metrics import Metrics
 
-openai = APIRouter(prefix="/v1", tags=["openai"], responses=PROBLEMS)
-migration = APIRouter(prefix="/v1/cubes", tags=["cubes"], responses=PROBLEMS)
+openai = guarded("/v1", "openai")
 
 
 @openai.post(
@@ -81,11 +81,11 @@ async def chat(body: models.ChatBody, who: Reader, here: Here, request: Request)
 async def _events(
     head: dict[str, Any],
     first: Chunk,
-    rest: AsyncIterator[Chunk],
-    metrics: Any,
+    rest: AsyncGenerator[Chunk],
+    metrics: Metrics,
     with_usage: bool,
     request_id: str,
-) -> AsyncIterator[bytes]:
+) -> AsyncGenerator[bytes]:
     """Server-sent events as OpenAI's client reads them. Closing them ends the work."""
 
     def event(choices: list[dict[str, Any]], **more: Any) -> bytes:
@@ -123,14 +123,14 @@ async def _events(
 @openai.get("/models", response_model=models.ModelsOut, summary="Models")
 async def list_models(who: Reader, here: Here) -> JSONResponse:
     """The chat model, where one is loaded, and the embedder."""
-    names = [name for name in (here.chat_model, here.embedder_name) if name is not None]
+    names = [name for name in (here.chat_model, here.config.embedder.model) if name is not None]
     return JSONResponse({"object": "list", "data": [_model(name, here) for name in names]})
 
 
 @openai.get("/models/{name}", response_model=models.ModelOut, summary="One model")
 async def get_model(name: str, who: Reader, here: Here) -> JSONResponse:
     """Whether it is there."""
-    if name not in (here.chat_model, here.embedder_name):
+    if name not in (here.chat_model, here.config.embedder.model):
         raise NotFound("model", name[:64])
     return JSONResponse(_model(name, here))
 
@@ -142,8 +142,8 @@ def _model(name: str, here: Backend) -> dict[str, Any]:
 @openai.post("/embeddings", response_model=models.EmbeddingsOut, summary="Embed texts")
 async def embeddings(body: models.EmbeddingsBody, who: Reader, here: Here) -> JSONResponse:
     """Unit vectors of the system's embedder, as queries are embedded."""
-    if body.model != here.embedder_name:
-        raise UnknownBackend("embedding model", body.model, (here.embedder_name,))
+    if body.model != here.config.embedder.model:
+        raise UnknownBackend("embedding model", body.model, (here.config.embedder.model,))
     texts = [body.input] if isinstance(body.input, str) else body.input
     limit = here.config.limits.text_chars
     for text in texts:
@@ -223,7 +223,7 @@ def _memory(body: models.ChatBody, who: Principal, here: Backend) -> MemoryChoic
     if wanted is False or (wanted is None and body.user is None):
         return None
     if wanted is None:
-        wanted = models.MemoryBody(user_id=body.user)
+        wanted = models.MemoryBody.model_validate({"user_id": body.user})
     if wanted.token_budget > here.config.limits.token_budget:
         raise LimitExceeded(
             "memory.token_budget", here.config.limits.token_budget, wanted.token_budget

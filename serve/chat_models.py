@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from memcube.activation.contract import Mode
-from serve.models import Body, CubeIds, Id, ScopeBody, Text
+from serve.models import CubeIds, Id, ScopeBody, Text
 
 
 class _Lenient(BaseModel):
@@ -97,12 +97,6 @@ class EmbeddingsBody(_Lenient):
     model: Id
     input: Text | Annotated[list[Text], Field(min_length=1, max_length=2048)]
     encoding_format: Literal["float", "base64"] = "float"
-
-
-class MigrateBody(Body):
-    """Where a cube's content shall lie besides the catalog."""
-
-    tier: Literal["activation", "plaintext"]
 
 
 class CubeUseOut(BaseModel):

@@ -1,6 +1,6 @@
 """What goes between the gateway and the actor that has the model."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -79,7 +79,7 @@ class ChatPiece:
 class ChatModel(Protocol):
     """A model that answers, as the gateway sees it."""
 
-    def chat(self, prompt: ChatPrompt) -> AsyncIterator[ChatPiece]:
+    def chat(self, prompt: ChatPrompt) -> AsyncGenerator[ChatPiece]:
         """The answer in pieces; closing the iterator ends the work.
 
         Raises:

@@ -1,6 +1,6 @@
 """A model that chats: an engine, with prompts laid out for its tokenizer. Hosted by an actor."""
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 
@@ -27,7 +27,7 @@ class ChatHost:
         self._engine = engine
         self._prompts = prompts
 
-    async def chat(self, prompt: ChatPrompt) -> AsyncIterator[ChatPiece]:
+    async def chat(self, prompt: ChatPrompt) -> AsyncGenerator[ChatPiece]:
         """The answer in pieces; see ``contract.ChatModel``."""
         built = self._prompts.build(prompt)
         request = GenerateRequest(

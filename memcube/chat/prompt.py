@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from jinja2 import TemplateError
+
 from memcube.activation.contract import Member, SegmentRef
 from memcube.chat.contract import ChatPrompt, MemorySegment, Turn
 from memcube.context import CLOSING, OPENING
@@ -99,9 +101,7 @@ class PromptBuilder:
             text = self._tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=True
             )
-        except (
-            Exception
-        ) as refused:  # the template is the model's own code: it raises what it likes
+        except (TemplateError, TypeError, ValueError) as refused:
             raise BadRequest(
                 f"the model's chat template refuses them: {refused}", "messages"
             ) from None

@@ -6,7 +6,8 @@ older version can be attached to it.
 """
 
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, field
 
 from memcube.activation.contract import FinishReason, Mode, Sampling, Usage
@@ -93,7 +94,7 @@ class ChatService:
         self._config = config
         self._router = Router(len(models))
 
-    async def answer(self, principal: Principal, request: ChatRequest) -> AsyncIterator[Chunk]:
+    async def answer(self, principal: Principal, request: ChatRequest) -> AsyncGenerator[Chunk]:
         """The answer in parts. Closing the iterator ends the work.
 
         Raises:
@@ -124,8 +125,10 @@ class ChatService:
         while True:
             route = self._router.choose(parts)
             try:
-                async for chunk in self._through(principal, route, prompt, request, recalled):
-                    yield chunk
+                answers = self._through(principal, route, prompt, request, recalled)
+                async with aclosing(answers):
+                    async for chunk in answers:
+                        yield chunk
             except Unavailable as failed:
                 # Once something was said, another engine would say it again, and differently.
                 tried += 1
@@ -174,8 +177,9 @@ class ChatService:
         prompt: ChatPrompt,
         request: ChatRequest,
         recalled: _Recalled,
-    ) -> AsyncIterator[Chunk]:
-        async for piece in self._models[route.engine].chat(prompt):
+    ) -> AsyncGenerator[Chunk]:
+        pieces = self._models[route.engine].chat(prompt)
+        async for piece in pieces:
             recalled.answer.append(piece.text)
             if piece.finish is None:
                 yield Chunk(text=piece.text)
