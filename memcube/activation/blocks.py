@@ -12,8 +12,9 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
 import torch
-from memcube.policies.retention import Decision, Item
 from torch import Tensor
+
+from memcube.policies.retention import Decision, Item
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

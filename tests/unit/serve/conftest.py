@@ -111,7 +111,6 @@ def _backend_of(system: LocalSystem) -> Backend:
         clock=system.clock,
         status=system.status,
         close=_nothing,
-        embedder=system.embedder,
     )
 
 
