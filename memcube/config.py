@@ -64,6 +64,22 @@ class EmbedderConfig(_Section):
     max_waiting_texts: int = Field(default=20_000, ge=1)
 
 
+class ModelConfig(_Section):
+    """The language model of the activation tier.
+
+    ``name`` is a packaged model, a folder, or a name whose files lie in the hub's local cache; only
+    with ``allow_download`` is a hub asked. ``auto`` is the GPU where there is one, and bfloat16 on
+    it; float32 on a CPU.
+    """
+
+    name: str = "SmolLM2-135M-Instruct"
+    revision: str | None = Field(default=None, description="of a model by name; none is main")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
+    threads: int | None = Field(default=None, ge=1, description="none is what torch takes")
+    allow_download: bool = False
+
+
 class LlmConfig(_Section):
     """An OpenAI-compatible endpoint for fact extraction (``infer: true``)."""
 

@@ -63,7 +63,7 @@ def build_context(passages: Sequence[Passage], *, token_budget: int) -> ContextB
     spent = estimate_tokens(OPENING) + estimate_tokens(CLOSING)
     chosen: list[tuple[Passage, str]] = []
     for passage in passages:
-        line = _line(passage)
+        line = memory_line(passage.text, speaker=passage.speaker, time=passage.time)
         cost = estimate_tokens(line)
         if spent + cost <= token_budget:
             chosen.append((passage, line))
@@ -79,11 +79,11 @@ def build_context(passages: Sequence[Passage], *, token_budget: int) -> ContextB
     )
 
 
-def _line(passage: Passage) -> str:
-    text = _inert(passage.text)
-    when = f"[{passage.time:%Y-%m-%d %H:%M}] " if passage.time else ""
-    who = f"{_inert(passage.speaker)}: " if passage.speaker else ""
-    return f"- {when}{who}{text}"
+def memory_line(text: str, *, speaker: str | None, time: datetime | None) -> str:
+    """One memory as one line that can't close the block around it."""
+    when = f"[{time:%Y-%m-%d %H:%M}] " if time else ""
+    who = f"{_inert(speaker)}: " if speaker else ""
+    return f"- {when}{who}{_inert(text)}"
 
 
 def _inert(text: str) -> str:

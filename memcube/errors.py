@@ -15,6 +15,7 @@ MemCubeError
 ├── StaleEpoch            the caller or the callee no longer holds the lease
 ├── Unavailable           a part of the system can't answer now
 │   ├── DeadlineExceeded      an answer did not come in time
+│   ├── TooBusy               the queue is full; nothing was started
 │   └── StorageFull           no room left on the device
 ├── Corrupt               stored data failed its check
 ├── ModelAnswerInvalid    a configured model answered with something unusable
@@ -224,6 +225,13 @@ class DeadlineExceeded(Unavailable):
 
     code = "deadline_exceeded"
     status = 504
+
+
+class TooBusy(Unavailable):
+    """``TooBusy(what, retry_after_s)``: as much waits as may; nothing was started."""
+
+    code = "too_busy"
+    status = 429
 
 
 class StorageFull(Unavailable):

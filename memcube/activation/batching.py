@@ -1,0 +1,690 @@
+"""Many requests on one model, a step at a time.
+
+A request becomes a run: a buffer of its own and a list of operations that fill it. Each step takes
+what every run needs next, packs it into one forward, and samples where a prompt is complete. Runs
+start, end and are cancelled between two steps.
+
+Prompts and answers are cut into blocks. At each block's end a run looks whether the next block is
+stored, and attaches it; or whether another run is about to compute it, and waits for that one; only
+else it computes the block itself, and stores it. So a prefix that two requests share is computed
+once even if they come together, and what was attached is what would have been computed.
+
+Synchronous, without I/O, and for one thread: ``engine`` hosts it. Events come out of ``step``; the
+blocks that became complete are stored by ``settle``, so that no one waits for the copying.
+"""
+
+import logging
+from collections import deque
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from memcube.activation.blocks import Block, BlockPool, Place
+from memcube.activation.contract import FinishReason, GenerateRequest, Mode, Piece, Usage
+from memcube.activation.detokenise import TextStream
+from memcube.activation.forward import KvBuffer, PackedModel, Row
+from memcube.activation.keys import KvIdentity, block_keys
+from memcube.activation.models import LoadedModel
+from memcube.activation.plan import Kind, Need, plan_step
+from memcube.activation.sampling import Sampler, choose
+from memcube.activation.stats import Counters, EngineStats, Histogram
+from memcube.activation.stops import StopStrings
+from memcube.errors import (
+    BadRequest,
+    DeadlineExceeded,
+    LimitExceeded,
+    MemCubeError,
+    Unavailable,
+    UnknownBackend,
+)
+
+log = logging.getLogger(__name__)
+
+_MEASURED_TOKENS = 16
+"""Steps that compute fewer tokens of prompts say little about how long a prompt takes."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatchLimits:
+    """What runs at once. A step's forward holds ``step_tokens`` at most, so that decoding runs
+    don't stall behind a long prompt; ``buffer_bytes`` bounds the runs' own KV."""
+
+    block_tokens: int = 64
+    max_running: int = 8
+    step_tokens: int = 256
+    background_tokens: int = 64
+    buffer_bytes: int = 1 << 30
+    default_max_tokens: int = 256
+    build_wait_s: float = 30.0
+
+    def __post_init__(self) -> None:
+        if self.step_tokens <= self.max_running:
+            raise ValueError("step_tokens must be more than max_running: prompts need some")
+
+
+@dataclass(slots=True)
+class Extend:
+    """Fill the slots up to ``end``: attach what is stored, prefill the rest."""
+
+    end: int
+
+
+@dataclass(slots=True)
+class Decode:
+    """Sample until the answer ends."""
+
+
+Operation = Extend | Decode
+
+
+@dataclass(slots=True, eq=False)
+class Run:
+    """One request on its way. Its buffer holds the KV of all its tokens but the last sampled."""
+
+    request: GenerateRequest
+    background: bool
+    shares: bool
+    """Whether its blocks may come from the pool and go there."""
+    keys: tuple[str, ...]
+    """Keys of the prompt's full blocks, if it shares."""
+    max_tokens: int
+    submitted_at: float
+    deadline_at: float | None
+    sampler: Sampler
+    text: TextStream
+    stops: StopStrings
+    tokens: list[int]
+    fetched: dict[str, Tensor] = field(default_factory=dict)
+    """Blocks that were brought up from below the device for this run."""
+    forgotten: set[str] = field(default_factory=set)
+    """Cubes that were deleted meanwhile: KV that holds them isn't stored."""
+    operations: deque[Operation] = field(default_factory=deque)
+    buffer: KvBuffer | None = None
+    admitted_at: float = 0.0
+    first_at: float = 0.0
+    waits_until: float | None = None
+    loading: bool = False
+    """Whether blocks for it are on their way up; it is not admitted before."""
+    num_sampled: int = 0
+    num_attached: int = 0
+    num_prefilled: int = 0
+    num_stored: int = 0
+    """How many blocks, from the first on, need not be offered to the pool any more."""
+    unsent: list[int] = field(default_factory=list)
+    done: bool = False
+
+
+class Event(NamedTuple):
+    """What a run gave. After an error or a piece with ``finish`` nothing more comes from it."""
+
+    run: Run
+    what: Piece | MemCubeError
+
+
+class Step(NamedTuple):
+    """What one step gave, and how many rows it computed. None: all runs wait, or there are none."""
+
+    events: list[Event]
+    num_rows: int
+
+
+class Batcher:
+    """Serves runs on one model. All methods but ``prepare`` are for the thread that computes."""
+
+    def __init__(
+        self,
+        model: PackedModel,
+        loaded: LoadedModel,
+        pool: BlockPool,
+        limits: BatchLimits,
+        clock: Callable[[], float],
+    ) -> None:
+        self._model = model
+        self._loaded = loaded
+        self._pool = pool
+        self._limits = limits
+        self._clock = clock
+        self._identity = KvIdentity(
+            model=loaded.fingerprint,
+            tokenizer=loaded.tokenizer_fingerprint,
+            dtype=loaded.layout.dtype,
+        )
+        embeddings = cast(torch.nn.Embedding, loaded.model.get_input_embeddings())
+        self._vocabulary = embeddings.num_embeddings
+        self._waiting: dict[str, deque[Run]] = {}  # by tenant, whose turn it is first
+        self._num_waiting = 0
+        self._idle_work: deque[Run] = deque()
+        self._running: list[Run] = []  # the oldest first
+        self._builders: dict[str, Run] = {}
+        self._to_settle: list[Run] = []
+        self._reserved_bytes = 0
+        self.counters = Counters()
+        self.num_forgets = 0
+
+    # -- runs come and go
+
+    def prepare(self, request: GenerateRequest, *, background: bool = False) -> Run:
+        """A run of this request, not yet submitted. Changes nothing: any thread may call it.
+
+        Raises:
+            BadRequest: it could never run.
+            UnknownBackend: it names an adapter.
+        """
+        if request.adapter is not None:
+            raise UnknownBackend("adapter", request.adapter.id, ())
+        if not 0 <= min(request.prompt_ids) <= max(request.prompt_ids) < self._vocabulary:
+            raise BadRequest(f"holds an id that is none of {self._vocabulary:,}", "prompt_ids")
+        now = self._clock()
+        return Run(
+            request=request,
+            background=background,
+            shares=request.mode is not Mode.OFF,
+            keys=() if request.mode is Mode.OFF else self.keys(request, request.prompt_ids),
+            max_tokens=0 if background else self._max_tokens(request),
+            submitted_at=now,
+            deadline_at=None if request.deadline_s is None else now + request.deadline_s,
+            sampler=Sampler(request.sampling),
+            text=TextStream(self._loaded.tokenizer),
+            stops=StopStrings(request.stop),
+            tokens=list(request.prompt_ids),
+        )
+
+    def submit(self, run: Run) -> None:
+        """Put a run in line: behind its tenant's others, or for when there is nothing else."""
+        if run.background:
+            self._idle_work.append(run)
+        else:
+            self._waiting.setdefault(run.request.tenant, deque()).append(run)
+            self._num_waiting += 1
+
+    def loaded(self, run: Run, fetched: Mapping[str, Tensor]) -> None:
+        """Hand a run that is ``loading`` the blocks that came up for it."""
+        run.loading = False
+        if not run.done:
+            run.fetched.update(fetched)
+
+    def cancel(self, run: Run) -> None:
+        """End a run whose answer nobody wants. What it computed so far is stored. Idempotent."""
+        if not run.done:
+            self._end(run, "cancelled")
+
+    def fail_all(self, error: MemCubeError) -> list[Event]:
+        """End all runs by this error."""
+        return [self._fail(run, error) for run in self._all_runs()]
+
+    def forget(self, cubes: Collection[str], tenant: str | None) -> int:
+        """Drop the blocks that hold one of these cubes, and all of a tenant.
+
+        Runs on their way end as they would, but store nothing of the kind any more.
+        """
+        self.settle()
+        self.num_forgets += 1
+        for run in self._all_runs():
+            run.forgotten.update(cubes)
+            if run.request.tenant == tenant:
+                self._stop_sharing(run)
+        return self._pool.forget(cubes, tenant, "forgotten")
+
+    def install(
+        self,
+        request: GenerateRequest,
+        keys: Sequence[str],
+        fetched: Mapping[str, Tensor],
+        *,
+        num_forgets: int,
+    ) -> None:
+        """Put blocks that came up ahead of a request into the pool.
+
+        Nothing is done where something was forgotten since ``num_forgets`` was read: it might be
+        among them.
+        """
+        if num_forgets != self.num_forgets:
+            return
+        now = self._clock()
+        for index, key in enumerate(keys):
+            if key in fetched and key not in self._pool:
+                self._pool.put(self._block(request, key, index, fetched[key]), now)
+
+    def places(self, keys: Sequence[str]) -> list[Place]:
+        """The blocks of a chain that are not on the device. Any thread may call it."""
+        size = self._limits.block_tokens
+        return [Place(key, i * size) for i, key in enumerate(keys) if key not in self._pool]
+
+    def stats(self) -> EngineStats:
+        """This moment. Any thread may call it: each dict is copied in one go."""
+        counters = self.counters
+        running = list(self._running)
+        by_tenant = dict(self._pool.bytes_by_tenant)
+        return EngineStats(
+            running=sum(not run.background for run in running),
+            waiting=self._num_waiting,
+            background=len(self._idle_work) + sum(run.background for run in running),
+            tokens_per_s=counters.generated.at(self._clock()),
+            prefill_tokens_per_s=counters.prefill.per_s,
+            steps=counters.steps,
+            step_s=counters.step_s,
+            failed_steps=counters.failed_steps,
+            prefilled_tokens=counters.prefilled_tokens,
+            generated_tokens=counters.generated_tokens,
+            attached_tokens=dict(counters.attached_tokens),
+            buffer_bytes=self._reserved_bytes,
+            pool_bytes=sum(by_tenant.values()),
+            pool_blocks=len(self._pool),
+            bytes_by_tenant=by_tenant,
+            evictions=dict(self._pool.evictions),
+            finished=dict(counters.finished),
+            ttft_s={kind: found.shown() for kind, found in dict(counters.ttft).items()},
+            queue_s=counters.queue.shown(),
+        )
+
+    @property
+    def has_runs(self) -> bool:
+        return bool(self._running or self._waiting or self._idle_work)
+
+    def wake_at(self) -> float | None:
+        """When a step can give something though nothing happened since one without rows."""
+        times = [run.deadline_at for run in self._all_runs() if run.deadline_at is not None]
+        times += [run.waits_until for run in self._running if run.waits_until is not None]
+        return min(times, default=None)
+
+    # -- a step
+
+    def step(self) -> Step:
+        """Admit, compute one packed forward, sample. Call ``settle`` when the events are sent."""
+        self.settle()
+        now = self._clock()
+        events = self._expire(now)
+        self._admit(now)
+        needs = [
+            need
+            for index, run in enumerate(list(self._running))
+            if (need := self._need(index, run, now)) is not None
+        ]
+        shares = plan_step(
+            needs,
+            budget_tokens=self._limits.step_tokens,
+            background_tokens=self._limits.background_tokens,
+            block_tokens=self._limits.block_tokens,
+        )
+        work = [(self._running[share.run], share.tokens) for share in shares]
+        if work:
+            events += self._compute(work, now)
+        events += [self._built(run) for run in list(self._running) if not run.operations]
+        return Step(events, len(work))
+
+    def settle(self) -> None:
+        """Store the blocks that the last step completed, and free what ended runs held."""
+        now = self._clock()
+        runs, self._to_settle = self._to_settle, []
+        for run in runs:
+            if run.buffer is None:
+                continue
+            self._store(run, run.buffer, now)
+            if run.done:
+                self._free(run)
+
+    def _compute(self, work: Sequence[tuple[Run, int]], began: float) -> list[Event]:
+        rows = [self._row(run, num_tokens) for run, num_tokens in work]
+        try:
+            logits = self._model.forward(rows)
+            sampled = [
+                (run, last_TV[-1])
+                for (run, _), last_TV in zip(work, logits, strict=True)
+                if last_TV is not None
+            ]
+            tokens = self._choose(sampled)
+        except Exception as failed:
+            # The rows' buffers may be half written, so none of them can go on.
+            log.exception("a step of %d rows failed", len(rows))
+            self.counters.failed_steps += 1
+            why = Unavailable(f"the model failed: {type(failed).__name__}: {failed}")
+            return [self._fail(run, why) for run, _ in work]
+        now = self._clock()
+        self._count(work, now - began)
+        for run, num_tokens in work:
+            self._advance(run, num_tokens)
+        self.counters.generated.add(len(tokens), now)
+        self.counters.generated_tokens += len(tokens)
+        return [
+            event
+            for (run, _), token in zip(sampled, tokens, strict=True)
+            if (event := self._take(run, token, now)) is not None
+        ]
+
+    def _choose(self, sampled: Sequence[tuple[Run, Tensor]]) -> list[int]:
+        if not sampled:
+            return []
+        draws = [run.sampler.draw() for run, _ in sampled]
+        return choose(torch.stack([last_V for _, last_V in sampled]), draws)
+
+    def _count(self, work: Sequence[tuple[Run, int]], took_s: float) -> None:
+        self.counters.steps += 1
+        self.counters.step_s += took_s
+        prefilled = sum(n for run, n in work if not isinstance(run.operations[0], Decode))
+        self.counters.prefilled_tokens += prefilled
+        if prefilled >= _MEASURED_TOKENS:
+            self.counters.prefill.add(prefilled, took_s)
+
+    # -- operations
+
+    def _operations(self, run: Run) -> deque[Operation]:
+        num_prompt = len(run.request.prompt_ids)
+        if run.background:  # it wants blocks, and no answer
+            return deque([Extend(num_prompt - num_prompt % self._limits.block_tokens)])
+        return deque([Extend(num_prompt), Decode()])
+
+    def _need(self, index: int, run: Run, now: float) -> Need | None:
+        """What the run can compute next. None: it waits for another's block, or has all it wants."""
+        assert run.buffer is not None
+        kind = Kind.BACKGROUND if run.background else Kind.PROMPT
+        while run.operations:
+            operation = run.operations[0]
+            if isinstance(operation, Decode):
+                return Need(index, Kind.DECODE, 1)
+            if not self._attach(run, run.buffer, operation, now):
+                return None
+            if left := operation.end - run.buffer.length:
+                align = -run.buffer.length % self._limits.block_tokens
+                return Need(index, kind, left, align or self._limits.block_tokens)
+            run.operations.popleft()
+        return None
+
+    def _row(self, run: Run, num_tokens: int) -> Row:
+        assert run.buffer is not None
+        start = run.buffer.length
+        operation = run.operations[0]
+        ends = isinstance(operation, Decode) or (
+            start + num_tokens == operation.end and len(run.operations) > 1
+        )
+        return Row(
+            buffer=run.buffer,
+            token_ids=run.tokens[start : start + num_tokens],
+            positions=None,
+            logits="last" if ends else "none",
+        )
+
+    def _advance(self, run: Run, num_tokens: int) -> None:
+        assert run.buffer is not None
+        self._to_settle.append(run)
+        operation = run.operations[0]
+        if isinstance(operation, Extend):
+            run.num_prefilled += num_tokens
+            if run.buffer.length == operation.end:
+                run.operations.popleft()
+
+    def _attach(self, run: Run, buffer: KvBuffer, operation: Extend, now: float) -> bool:
+        """Load the stored blocks that come next. False: the next one is about to be computed."""
+        size = self._limits.block_tokens
+        # The last token of a prompt is computed in any case, as its logits are wanted.
+        end = operation.end if run.background else operation.end - 1
+        while buffer.length % size == 0 and buffer.length < end:
+            first = buffer.length // size
+            wanted = run.keys[first : -(-end // size)]
+            if not wanted:
+                return True
+            num_loaded = self._load(run, buffer, wanted, end, now)
+            if num_loaded:
+                run.waits_until = None
+                continue
+            builder = self._builders.get(wanted[0])
+            if builder is None or builder is run or (builder.background and not run.background):
+                # From here on this run computes, up to where another one already does.
+                for key in run.keys[first:]:
+                    other = self._builders.setdefault(key, run)
+                    if other is not run and other.background and not run.background:
+                        self._builders[key] = run
+                run.waits_until = None
+                return True
+            if run.waits_until is None:
+                run.waits_until = now + self._limits.build_wait_s
+            return now >= run.waits_until
+        return True
+
+    def _load(self, run: Run, buffer: KvBuffer, wanted: Sequence[str], end: int, now: float) -> int:
+        """Copy the leading ones of these blocks that are at hand into the next slots."""
+        start = buffer.length
+        with self._pool.held(wanted) as blocks:
+            for block in blocks:
+                buffer.load(block.kv_L2HND[:, :, :, : end - buffer.length], buffer.length)
+        self._pool.hit([block.key for block in blocks], now)
+        num_loaded = len(blocks)
+        for key in wanted[num_loaded:]:
+            kv_L2HND = run.fetched.pop(key, None)
+            if kv_L2HND is None:
+                break
+            buffer.load(kv_L2HND[:, :, :, : end - buffer.length], buffer.length)
+            num_loaded += 1
+        run.num_attached += buffer.length - start
+        self.counters.attached_tokens["exact"] += buffer.length - start
+        return num_loaded
+
+    def _store(self, run: Run, buffer: KvBuffer, now: float) -> None:
+        """Offer the run's complete blocks to the pool."""
+        size = self._limits.block_tokens
+        num_full = buffer.length // size
+        keys = run.keys
+        if run.done and run.shares and num_full > len(keys):
+            keys = self.keys(run.request, run.tokens[: buffer.length])
+        for index in range(run.num_stored, min(num_full, len(keys))):
+            key, start = keys[index], index * size
+            held = _cubes_before(run.request, start + size)
+            if key not in self._pool and run.forgotten.isdisjoint(held):
+                kv_L2HND = buffer.view()[:, :, :, start : start + size]
+                self._pool.put(self._block(run.request, key, index, kv_L2HND), now)
+            if self._builders.get(key) is run:
+                del self._builders[key]
+            run.num_stored = index + 1
+
+    def _block(self, request: GenerateRequest, key: str, index: int, kv_L2HND: Tensor) -> Block:
+        size = self._limits.block_tokens
+        return Block(
+            key=key,
+            start=index * size,
+            kv_L2HND=kv_L2HND,
+            tenant=request.tenant,
+            group=request.group,
+            cubes=_cubes_before(request, (index + 1) * size),
+            saves_s=size / self.counters.prefill.per_s,
+        )
+
+    # -- what comes of a token
+
+    def _take(self, run: Run, token: int, now: float) -> Event | None:
+        request = run.request
+        if not run.num_sampled:
+            run.first_at = now
+            kind = "exact" if run.num_attached else "none"
+            self.counters.ttft.setdefault(kind, Histogram()).observe(now - run.submitted_at)
+        run.num_sampled += 1
+        run.tokens.append(token)
+        run.unsent.append(token)
+        stop_ids = self._loaded.eos_ids if request.stop_ids is None else request.stop_ids
+        if token in stop_ids:
+            return self._finish(run, FinishReason.STOP, self._rest(run), now)
+        text = run.stops.push(run.text.push(token))
+        if run.stops.stopped:
+            return self._finish(run, FinishReason.STOP, text, now)
+        if run.num_sampled == run.max_tokens:
+            return self._finish(run, FinishReason.LENGTH, text + self._rest(run), now)
+        if not text:
+            return None
+        return Event(run, Piece(text=text, token_ids=self._unsent(run)))
+
+    def _rest(self, run: Run) -> str:
+        """The text that was held back, up to a stop string that it may complete."""
+        text = run.stops.push(run.text.flush())
+        return text if run.stops.stopped else text + run.stops.flush()
+
+    def _unsent(self, run: Run) -> tuple[int, ...]:
+        unsent, run.unsent = run.unsent, []
+        return tuple(unsent)
+
+    def _finish(self, run: Run, reason: FinishReason, text: str, now: float) -> Event:
+        usage = Usage(
+            prompt_tokens=len(run.request.prompt_ids),
+            completion_tokens=run.num_sampled,
+            attached_exact=run.num_attached,
+            attached_composed=0,
+            recomputed=0,
+            prefilled=run.num_prefilled,
+            queue_s=run.admitted_at - run.submitted_at,
+            ttft_s=(run.first_at if run.num_sampled else now) - run.submitted_at,
+        )
+        self._end(run, reason.value)
+        return Event(run, Piece(text=text, token_ids=self._unsent(run), finish=reason, usage=usage))
+
+    def _built(self, run: Run) -> Event:
+        assert run.buffer is not None
+        now = self._clock()
+        self._store(run, run.buffer, now)  # it says that they are stored
+        return self._finish(run, FinishReason.LENGTH, "", now)
+
+    def _fail(self, run: Run, error: MemCubeError) -> Event:
+        self._stop_sharing(run)
+        self._end(run, error.code)
+        return Event(run, error)
+
+    # -- coming and going
+
+    def _expire(self, now: float) -> list[Event]:
+        events = []
+        for run in self._all_runs():
+            if run.deadline_at is None or now < run.deadline_at:
+                continue
+            if run.num_sampled:
+                events.append(self._finish(run, FinishReason.DEADLINE, self._rest(run), now))
+            else:
+                what = f"no token came within {run.request.deadline_s:g} s"
+                events.append(self._fail(run, DeadlineExceeded(what)))
+        return events
+
+    def _admit(self, now: float) -> None:
+        while (run := self._next_in_line()) is not None:
+            if not self._fits(run):
+                # Nobody overtakes: else a long prompt would wait as long as short ones come.
+                if not self._put_off_background():
+                    break
+                continue
+            self._leave_line(run)
+            if line := self._waiting.pop(run.request.tenant, None):
+                self._waiting[run.request.tenant] = line  # behind the other tenants
+            self._start(run, now)
+            self.counters.queue.observe(now - run.submitted_at)
+        if not self._running and not self._waiting:
+            ready = (run for run in self._idle_work if not run.loading)
+            if (run := next(ready, None)) is not None:
+                self._idle_work.remove(run)
+                self._start(run, now)
+
+    def _next_in_line(self) -> Run | None:
+        """The first run of the tenant whose turn it is, those left out that load yet."""
+        ready = (run for line in self._waiting.values() for run in line if not run.loading)
+        return next(ready, None)
+
+    def _leave_line(self, run: Run) -> None:
+        line = self._waiting[run.request.tenant]
+        line.remove(run)
+        if not line:
+            del self._waiting[run.request.tenant]
+        self._num_waiting -= 1
+
+    def _fits(self, run: Run) -> bool:
+        return (
+            len(self._running) < self._limits.max_running
+            and self._reserved_bytes + self._bytes(run) <= self._limits.buffer_bytes
+        )
+
+    def _put_off_background(self) -> bool:
+        """Take the buffer of a run that nobody waits for. Its blocks so far are stored already."""
+        for run in self._running:
+            if run.background:
+                self._running.remove(run)
+                self._give_up_builds(run)
+                self._free(run)
+                run.num_attached = run.num_prefilled = run.num_stored = 0
+                self._idle_work.appendleft(run)
+                return True
+        return False
+
+    def _start(self, run: Run, now: float) -> None:
+        run.admitted_at = now
+        run.operations = self._operations(run)
+        run.buffer = KvBuffer(self._loaded.layout, self._model.device, self._capacity(run))
+        self._reserved_bytes += self._bytes(run)
+        self._running.append(run)
+
+    def _end(self, run: Run, reason: str) -> None:
+        run.done = True
+        run.fetched.clear()
+        self.counters.finished[reason] += 1
+        self.counters.ended.add(1, self._clock())
+        self._give_up_builds(run)
+        if run in self._running:
+            self._running.remove(run)
+            self._to_settle.append(run)
+        elif run in self._idle_work:
+            self._idle_work.remove(run)
+        else:
+            self._leave_line(run)
+
+    def _stop_sharing(self, run: Run) -> None:
+        run.shares = False
+        run.keys = ()
+        run.fetched.clear()
+        self._give_up_builds(run)
+
+    def _free(self, run: Run) -> None:
+        run.buffer = None
+        self._reserved_bytes -= self._bytes(run)
+
+    def _give_up_builds(self, run: Run) -> None:
+        for key in [key for key, builder in self._builders.items() if builder is run]:
+            del self._builders[key]
+
+    def _all_runs(self) -> list[Run]:
+        waiting = [run for line in self._waiting.values() for run in line]
+        return [*self._running, *waiting, *self._idle_work]
+
+    # -- keys and sizes
+
+    def keys(self, request: GenerateRequest, token_ids: Sequence[int]) -> tuple[str, ...]:
+        """The keys of the full blocks of these tokens. Any thread may call it."""
+        return block_keys(
+            self._identity,
+            salt=request.salt,
+            adapter=request.adapter,
+            token_ids=token_ids,
+            block_tokens=self._limits.block_tokens,
+        )
+
+    def _max_tokens(self, request: GenerateRequest) -> int:
+        """How many tokens may be sampled.
+
+        Raises:
+            LimitExceeded: the prompt, or it with what is asked for, is more than the model's window
+                or the memory for one run.
+        """
+        num_prompt = len(request.prompt_ids)
+        window = self._loaded.max_positions
+        budget = self._limits.buffer_bytes // self._loaded.layout.bytes_per_token
+        what = "tokens of the model's window" if window <= budget else "tokens of KV memory"
+        most = min(window, budget)
+        asked = request.max_tokens or 1
+        if num_prompt + asked > most:
+            raise LimitExceeded(f"prompt and answer, in {what}", most, num_prompt + asked)
+        return request.max_tokens or min(self._limits.default_max_tokens, most - num_prompt)
+
+    def _capacity(self, run: Run) -> int:
+        # The last sampled token is never computed.
+        return len(run.request.prompt_ids) + max(run.max_tokens - 1, 0)
+
+    def _bytes(self, run: Run) -> int:
+        return self._capacity(run) * self._loaded.layout.bytes_per_token
+
+
+def _cubes_before(request: GenerateRequest, end: int) -> frozenset[str]:
+    """The cubes whose text begins before this token, so that KV up to it holds something of them."""
+    return frozenset(member.cube for member in request.members if member.start < end)

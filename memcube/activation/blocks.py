@@ -1,0 +1,178 @@
+"""The device's pool of KV blocks, shared by all requests.
+
+A block holds the KV of a fixed number of tokens at fixed slots behind one fixed prefix: its key says
+which. Its tensor is a copy that is never written again: a request copies it into its own buffer. What stays and what goes is the retention policy's choice; the pool counts the bytes
+and hands on what was evicted. It belongs to one thread, the one that computes.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from memcube.policies.retention import Decision, Item
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Block:
+    """KV of ``num_tokens`` tokens at slots from ``start`` on, keys rotated to them.
+
+    ``cubes`` are those whose text is in the block or before it; ``saves_s`` is about what it takes
+    to compute it again.
+    """
+
+    key: str
+    start: int
+    kv_L2HND: Tensor
+    tenant: str
+    group: str
+    cubes: frozenset[str]
+    saves_s: float
+
+    @property
+    def num_tokens(self) -> int:
+        return self.kv_L2HND.shape[3]
+
+    @property
+    def num_bytes(self) -> int:
+        return self.kv_L2HND.numel() * self.kv_L2HND.element_size()
+
+
+class Place(NamedTuple):
+    """A block that is wanted, and the slot of its first token."""
+
+    key: str
+    start: int
+
+
+class Lower(Protocol):
+    """The media below the device. All calls block, and come one at a time from one thread."""
+
+    def offer(self, blocks: Sequence[Block]) -> None:
+        """Blocks that left the device. What isn't worth its bytes may be dropped."""
+        ...
+
+    def fetch(self, places: Sequence[Place]) -> Mapping[str, Tensor]:
+        """Of the blocks wanted those at hand, as kv_L2HND with keys rotated to their slots."""
+        ...
+
+    def forget(self, cubes: Collection[str], tenant: str | None) -> None:
+        """Drop all that holds one of these cubes, and all of a tenant."""
+        ...
+
+
+class RetentionPolicy(Protocol):
+    """Which blocks stay; see ``memcube.policies.retention``."""
+
+    def hit(self, key: str, now: float) -> None: ...
+    def admit(self, item: Item, now: float) -> Decision: ...
+    def forget(self, key: str) -> None: ...
+    def pin(self, key: str) -> None: ...
+    def unpin(self, key: str) -> None: ...
+    def hint(self, group: str, probability: float, now: float) -> None: ...
+
+
+class BlockPool:
+    """Blocks by key, within what the policy admits."""
+
+    def __init__(
+        self, policy: RetentionPolicy, evicted: Callable[[Block], None] = lambda block: None
+    ) -> None:
+        self._policy = policy
+        self._evicted = evicted
+        self._blocks: dict[str, Block] = {}
+        self.bytes_by_tenant: Counter[str] = Counter()
+        self.evictions: Counter[str] = Counter()
+        """Blocks that left, or were not let in, by reason."""
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._blocks
+
+    def __len__(self) -> int:
+        return len(self._blocks)
+
+    @property
+    def used_bytes(self) -> int:
+        return sum(self.bytes_by_tenant.values())
+
+    def put(self, block: Block, now: float) -> bool:
+        """Take a copy of a block in, if the policy lets it; its tensor may be a view of a buffer.
+
+        Idempotent: a key that is here stays as it is.
+        """
+        if block.key in self._blocks:
+            return True
+        item = Item(
+            key=block.key,
+            num_bytes=block.num_bytes,
+            tenant=block.tenant,
+            group=block.group,
+            saves_s=block.saves_s,
+            load_s=0.0,
+        )
+        decision = self._policy.admit(item, now)
+        for key in decision.victims:
+            victim = self._blocks[key]
+            self._remove(victim, decision.reason)
+            self._evicted(victim)
+        if not decision.admitted:
+            self.evictions[f"refused: {decision.reason}"] += 1
+            return False
+        self._blocks[block.key] = replace(
+            block, kv_L2HND=block.kv_L2HND.clone(memory_format=torch.contiguous_format)
+        )
+        self.bytes_by_tenant[block.tenant] += block.num_bytes
+        return True
+
+    def hit(self, keys: Sequence[str], now: float) -> None:
+        """Count a use of the blocks of one chain, first to last."""
+        # The last first: a chain is of no use without its beginning, which so is the most recent.
+        for key in reversed(keys):
+            self._policy.hit(key, now)
+
+    @contextmanager
+    def held(self, keys: Iterable[str]) -> Iterator[list[Block]]:
+        """The blocks of these keys up to the first that isn't here, kept from eviction meanwhile."""
+        blocks: list[Block] = []
+        for key in keys:
+            block = self._blocks.get(key)
+            if block is None:
+                break
+            self._policy.pin(key)
+            blocks.append(block)
+        try:
+            yield blocks
+        finally:
+            for block in blocks:
+                self._policy.unpin(block.key)
+
+    def hint(self, group: str, probability: float, now: float) -> None:
+        """How likely a group (a conversation) goes on."""
+        self._policy.hint(group, probability, now)
+
+    def forget(self, cubes: Collection[str], tenant: str | None, reason: str) -> int:
+        """Drop all blocks that hold one of these cubes, and all of a tenant. Nothing goes below."""
+        gone = [
+            block
+            for block in self._blocks.values()
+            if block.tenant == tenant or not block.cubes.isdisjoint(cubes)
+        ]
+        for block in gone:
+            self._policy.forget(block.key)
+            self._remove(block, reason)
+        return len(gone)
+
+    def blocks(self) -> list[Block]:
+        """All blocks, those put first first."""
+        return list(self._blocks.values())
+
+    def _remove(self, block: Block, reason: str) -> None:
+        del self._blocks[block.key]
+        self.evictions[reason] += 1
+        self.bytes_by_tenant[block.tenant] -= block.num_bytes
+        if not self.bytes_by_tenant[block.tenant]:
+            del self.bytes_by_tenant[block.tenant]

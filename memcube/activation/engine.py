@@ -1,0 +1,291 @@
+"""The engine: a batcher on a thread of its own, behind an asynchronous front.
+
+Requests may come from several event loops. What the front tells the batcher is done between two
+steps, in order; pieces go back to the loop that asked.
+"""
+
+import asyncio
+import math
+import threading
+import time
+from collections import defaultdict
+from collections.abc import AsyncGenerator, Callable, Collection, Sequence
+from concurrent.futures import Future
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import NamedTuple, TypeVar
+
+import torch
+
+from memcube.activation.batching import Batcher, BatchLimits, Event, Run
+from memcube.activation.below import Below
+from memcube.activation.blocks import BlockPool, Lower, RetentionPolicy
+from memcube.activation.contract import GenerateRequest, Piece, Usage
+from memcube.activation.forward import PackedModel
+from memcube.activation.models import LoadedModel
+from memcube.activation.stats import EngineStats
+from memcube.errors import MemCubeError, TooBusy, Unavailable
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineLimits(BatchLimits):
+    """``max_waiting`` bounds the requests that don't run yet. ``load_wait_s`` is how long one may
+    wait for blocks from below the device, ``down_bytes`` how much that was evicted may wait for its
+    way down."""
+
+    max_waiting: int = 64
+    load_wait_s: float = 1.0
+    down_bytes: int = 256 << 20
+
+
+@dataclass(slots=True, eq=False)
+class _Stream:
+    """Where the pieces of one request go."""
+
+    loop: asyncio.AbstractEventLoop
+    items: asyncio.Queue[Piece | MemCubeError] = field(default_factory=asyncio.Queue)
+
+
+class _Delivery(NamedTuple):
+    stream: _Stream
+    item: Piece | MemCubeError
+
+
+class Engine:
+    """Serves many requests at once on one model. Made ready to use; ``close`` ends its threads."""
+
+    def __init__(
+        self,
+        model: PackedModel,
+        loaded: LoadedModel,
+        *,
+        policy: RetentionPolicy,
+        limits: EngineLimits | None = None,
+        lower: Lower | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.loaded = loaded
+        self.limits = limits or EngineLimits()
+        self._clock = clock
+        self._below = (
+            Below(lower, waiting_bytes=self.limits.down_bytes, clock=clock) if lower else None
+        )
+        self._pool = BlockPool(policy, self._below.offer if self._below else lambda block: None)
+        self._batcher = Batcher(model, loaded, self._pool, self.limits, clock)
+        self._streams: dict[Run, _Stream] = {}
+        self._wake = threading.Condition()
+        self._calls: list[Callable[[], None]] = []
+        self._num_open = {False: 0, True: 0}  # by whether in the background
+        self._close_at: float | None = None
+        self._thread = threading.Thread(target=self._serve, name="compute", daemon=True)
+        self._thread.start()
+
+    # -- what the actor calls
+
+    def generate(self, request: GenerateRequest) -> AsyncGenerator[Piece]:
+        """The answer in pieces; see ``contract.Generator``.
+
+        A request that could never be served is refused here, one that can't be now with the first
+        piece.
+        """
+        return self._run(self._batcher.prepare(request))
+
+    async def build(self, request: GenerateRequest) -> Usage:
+        """Compute and store the blocks of a prompt when nothing else is to be done.
+
+        Where the caller gives up, what was computed so far is stored.
+
+        Raises:
+            BadRequest: it could never run.
+            Unavailable: too much is to be built already, the engine was closed or the model failed.
+        """
+        async with aclosing(self._run(self._batcher.prepare(request, background=True))) as pieces:
+            async for piece in pieces:
+                if piece.usage is not None:
+                    return piece.usage
+        raise AssertionError("a run ends with its usage or an error")
+
+    async def prefetch(self, request: GenerateRequest, wait_s: float) -> int:
+        """Bring the stored blocks of a prompt up to the device; how many tokens lie there then."""
+        keys = self.keys(request)
+        if self._below is not None:
+            num_forgets = self._batcher.num_forgets
+            fetched = await self._below.fetch(self._batcher.places(keys), wait_s)
+            if fetched:
+                await self._ask(
+                    lambda: self._batcher.install(request, keys, fetched, num_forgets=num_forgets)
+                )
+        return self.num_resident(keys)
+
+    async def forget(self, cubes: Collection[str] = (), tenant: str | None = None) -> int:
+        """Make all KV unservable that holds one of these cubes, and all of a tenant; here and below.
+
+        Returns the number of blocks that were on the device. When it returns no request attaches
+        them, and none on its way stores such KV any more.
+        """
+        cubes = frozenset(cubes)
+        num_blocks = await self._ask(lambda: self._batcher.forget(cubes, tenant))
+        if self._below is not None:
+            await self._below.forget(cubes, tenant)
+        return num_blocks
+
+    async def hint(self, group: str, probability: float) -> None:
+        """Say how likely a group (a conversation) goes on."""
+        await self._ask(lambda: self._pool.hint(group, probability, self._clock()))
+
+    def keys(self, request: GenerateRequest) -> tuple[str, ...]:
+        """The keys of a prompt's full blocks."""
+        return self._batcher.keys(request, request.prompt_ids)
+
+    def num_resident(self, keys: Sequence[str]) -> int:
+        """How many leading tokens of a chain of blocks lie on the device."""
+        num_blocks = next((i for i, key in enumerate(keys) if key not in self._pool), len(keys))
+        return num_blocks * self.limits.block_tokens
+
+    def stats(self) -> EngineStats:
+        """This moment, from any thread."""
+        return self._batcher.stats()
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether it still computes."""
+        return self._thread.is_alive()
+
+    async def close(self, drain_s: float = 0.0) -> None:
+        """Refuse new requests, give the others this time to end, and take down what is on the
+        device to the media below. Idempotent."""
+        with self._wake:
+            if self._close_at is None:
+                self._close_at = self._clock() + drain_s
+            self._wake.notify()
+        await asyncio.to_thread(self._thread.join)
+        if self._below is not None:
+            await asyncio.to_thread(self._below.close, self._pool.blocks())
+
+    # -- the front
+
+    async def _run(self, run: Run) -> AsyncGenerator[Piece]:
+        stream = _Stream(asyncio.get_running_loop())
+        places = self._batcher.places(run.keys) if self._below is not None else []
+        run.loading = bool(places)
+        self._enter(run, stream)
+        ended = False
+        try:
+            if self._below is not None and places:
+                fetched = await self._below.fetch(places, self.limits.load_wait_s)
+                self._post(lambda: self._batcher.loaded(run, fetched))
+            while not ended:
+                item = await stream.items.get()
+                ended = isinstance(item, MemCubeError) or item.finish is not None
+                if isinstance(item, MemCubeError):
+                    raise item
+                yield item
+        finally:
+            with self._wake:
+                self._num_open[run.background] -= 1
+            if not ended:
+                self._post(lambda: self._cancel(run))
+
+    def _enter(self, run: Run, stream: _Stream) -> None:
+        with self._wake:
+            if self._close_at is not None:
+                raise _closed()
+            waiting = self._num_open[run.background]
+            if not run.background:
+                waiting = max(0, waiting - self.limits.max_running)
+            if waiting >= self.limits.max_waiting:
+                raise TooBusy(f"{waiting:,} requests wait for the model", self._retry_after_s())
+            self._num_open[run.background] += 1
+            self._calls.append(lambda: self._submit(run, stream))
+            self._wake.notify()
+
+    def _retry_after_s(self) -> float:
+        """About when the next request ends."""
+        ended_per_s = self._batcher.counters.ended.at(self._clock())
+        return float(min(60, max(1, math.ceil(1 / ended_per_s)))) if ended_per_s > 0 else 5.0
+
+    def _post(self, call: Callable[[], None]) -> None:
+        with self._wake:
+            self._calls.append(call)
+            self._wake.notify()
+
+    async def _ask(self, call: Callable[[], _T]) -> _T:
+        done: Future[_T] = Future()
+
+        def answer() -> None:
+            try:
+                done.set_result(call())
+            except Exception as failed:  # noqa: BLE001 - handed to the caller, whose it is
+                done.set_exception(failed)
+
+        with self._wake:
+            if self._close_at is not None:
+                raise _closed()
+            self._calls.append(answer)
+            self._wake.notify()
+        return await asyncio.wrap_future(done)
+
+    # -- the compute thread
+
+    def _serve(self) -> None:
+        idle = False
+        with torch.inference_mode():
+            while True:
+                calls, close_at = self._next_calls(idle)
+                for call in calls:
+                    call()
+                if close_at is not None and (
+                    not self._batcher.has_runs or self._clock() >= close_at
+                ):
+                    self._send(self._batcher.fail_all(_closed()))
+                    self._batcher.settle()
+                    return
+                step = self._batcher.step()
+                self._send(step.events)
+                self._batcher.settle()
+                idle = not step.num_rows and not step.events
+
+    def _next_calls(self, idle: bool) -> tuple[list[Callable[[], None]], float | None]:
+        """What was posted; after an idle step wait for something to come, or for the time to."""
+        with self._wake:
+            if idle and not self._calls:
+                times = [at for at in (self._batcher.wake_at(), self._close_at) if at is not None]
+                wait_s = max(0.0, min(times) - self._clock()) if times else None
+                if not (self._close_at is not None and not self._batcher.has_runs):
+                    self._wake.wait(wait_s)
+            calls, self._calls = self._calls, []
+            return calls, self._close_at
+
+    def _submit(self, run: Run, stream: _Stream) -> None:
+        self._streams[run] = stream
+        self._batcher.submit(run)
+
+    def _cancel(self, run: Run) -> None:
+        self._streams.pop(run, None)
+        self._batcher.cancel(run)
+
+    def _send(self, events: Sequence[Event]) -> None:
+        """One call a loop and step, however many runs have pieces."""
+        by_loop: defaultdict[asyncio.AbstractEventLoop, list[_Delivery]] = defaultdict(list)
+        for run, what in events:
+            ends = isinstance(what, MemCubeError) or what.finish is not None
+            stream = self._streams.pop(run) if ends else self._streams[run]
+            by_loop[stream.loop].append(_Delivery(stream, what))
+        for loop, deliveries in by_loop.items():
+            try:
+                loop.call_soon_threadsafe(_deliver, deliveries)
+            except RuntimeError:  # the loop was closed under its requests
+                gone = {delivery.stream for delivery in deliveries}
+                for run in [run for run, stream in self._streams.items() if stream in gone]:
+                    self._cancel(run)
+
+
+def _deliver(deliveries: Sequence[_Delivery]) -> None:
+    for stream, item in deliveries:
+        stream.items.put_nowait(item)
+
+
+def _closed() -> Unavailable:
+    return Unavailable("the engine is shutting down")

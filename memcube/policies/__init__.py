@@ -1,0 +1,1 @@
+"""What stays where: pure decisions, without clock and I/O."""
