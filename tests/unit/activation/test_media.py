@@ -1,6 +1,7 @@
 """The hierarchy: what goes down, what comes up, what stays, and what is never seen again."""
 
 import errno
+import itertools
 import os
 import random
 import tempfile
@@ -55,7 +56,10 @@ class House:
             self.packs = ObjectMedium(self.objects, writer="node", **given)
             media.append((self.packs, TinyLru(objects * BELOW)))
         self.policies = [policy for _, policy in media]
-        self.media = MediaHierarchy(media, now=self.now, keyring=self.ring)
+        ticks = itertools.count()  # each reading of the clock is 0.1 µs after the one before
+        self.media = MediaHierarchy(
+            media, now=self.now, keyring=self.ring, clock=lambda: next(ticks) * 1e-7
+        )
         return self
 
     def restart(self) -> "House":
