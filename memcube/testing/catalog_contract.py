@@ -271,11 +271,11 @@ class CatalogContract:
         added = at_once(
             [
                 lambda n=n: [add(catalog, *self._talk(f"{n} {i}", f"{n} {i}b")) for i in range(6)]
-                for n in range(8)
+                for n in range(20)
             ]
         )
         cubes = [r.cube for adds in added for one in adds for r in one.results]
-        assert sorted(c.descriptive.seq or 0 for c in cubes) == list(range(96))
+        assert sorted(c.descriptive.seq or 0 for c in cubes) == list(range(240))
 
     def test_an_exact_repeat_is_counted_and_takes_no_place(self, catalog: Catalog):
         first, again, other = add(
