@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from random import Random
 
 import pytest
 
@@ -20,7 +21,7 @@ from memcube.errors import (
     Unauthenticated,
     Unavailable,
 )
-from memcube.filters import Compare, Op, parse_filter
+from memcube.filters import Compare, Not, Op, Or, parse_filter
 from memcube.ids import uuid7
 from memcube.reader.messages import Header, Message
 from memcube.retrieval.ranker import Mode
@@ -596,3 +597,27 @@ async def test_counts_are_the_tenants_own(system: LocalSystem, who):
     await add(system, system.principal("other"), "bread")
     assert (await system.service.stats(who)).cubes_by_state == {"generated": 2}
     assert (await system.service.total_stats()).cubes_by_state == {"generated": 3}
+
+
+async def test_no_search_of_many_among_near_duplicates_leaves_its_tenant(system: LocalSystem):
+    """Every tenant holds the same sentences but for one word; a hit's id tells whose it is."""
+    random = Random(7)
+    words = ["kumquat", "pear", "tea", "garden", "Ann", "Oslo", "window", "jam"]
+    callers = [system.principal(f"t{i}") for i in range(12)]
+    own: dict[str, set[str]] = {}
+    for i, who in enumerate(callers):
+        texts = [f"{a} and {b} number {i}" for a in words for b in words[:3]]
+        own[who.tenant] = {c.id for c in await add(system, who, *texts)}
+    for _ in range(200):
+        who = random.choice(callers)
+        query = " ".join(random.choices(words, k=3)) + f" number {random.randrange(12)}"
+        anyone = Compare("user_id", Op.EQ, "ann")
+        found = await system.service.search(
+            who,
+            query,
+            SearchScope(filters=random.choice([None, anyone, Or((anyone, Not(anyone)))])),
+            top_k=50,
+            mode=random.choice(list(Mode)),
+        )
+        assert found.hits
+        assert {hit.id for hit in found.hits} <= own[who.tenant]
