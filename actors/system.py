@@ -6,6 +6,7 @@ from typing import Any
 from ray.actor import ActorHandle
 
 from actors.embedder import spawn_embedder_actor
+from actors.kv_cache import spawn_kv_cache_actor
 from actors.qdrant import spawn_qdrant_actor
 from actors.scheduler import spawn_scheduler_actor
 from memcube.config import Config
@@ -13,11 +14,12 @@ from memcube.config import Config
 
 @dataclass(frozen=True, slots=True)
 class System:
-    """Handles of one system's actors; ``shards`` by number."""
+    """Handles of one system's actors; ``shards`` and ``engines`` by number."""
 
     embedder: ActorHandle[Any]
     shards: list[ActorHandle[Any]]
     scheduler: ActorHandle[Any]
+    engines: list[ActorHandle[Any]]
 
 
 def ensure_system(config: Config) -> System:
@@ -28,4 +30,7 @@ def ensure_system(config: Config) -> System:
         for number in range(config.plaintext.shards)
     ]
     scheduler = spawn_scheduler_actor(config, embedder=embedder, shards=shards)
-    return System(embedder, shards, scheduler)
+    engines = [
+        spawn_kv_cache_actor(config, number=number) for number in range(config.activation.actors)
+    ]
+    return System(embedder, shards, scheduler, engines)

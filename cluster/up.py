@@ -205,12 +205,13 @@ def _serving(config: Config) -> Iterator[None]:
 
 
 def _close(ray: Any, system: Any) -> None:
-    """Let the actors finish: the scheduler gives its lease back, the shards flush."""
-    calls = [system.scheduler.stop.remote(), *(shard.close.remote() for shard in system.shards)]
+    """Let the actors finish: the scheduler gives its lease back, shards and engines flush."""
+    parts = [*system.shards, *system.engines]
+    calls = [system.scheduler.stop.remote(), *(part.close.remote() for part in parts)]
     _, late = ray.wait(calls, num_returns=len(calls), timeout=20)
     if late:
         print("some parts did not stop in time; nothing is lost", file=sys.stderr)
-    for actor in (system.scheduler, *system.shards, system.embedder):
+    for actor in (system.scheduler, *parts, system.embedder):
         ray.kill(actor)
 
 

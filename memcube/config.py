@@ -80,6 +80,53 @@ class ModelConfig(_Section):
     allow_download: bool = False
 
 
+class ActivationConfig(_Section):
+    """The activation tier: engines that hold KV, and the media below them.
+
+    ``actors`` are engines, one a GPU or CPU slot; 0 leaves the tier and the chat out. Capacities are
+    MiB of one engine (device) or of one node (the others); 0 leaves a medium out. ``object`` is the
+    store of ``objects``. ``encrypt`` seals what lies on disk and in the object store with a key of
+    the tenant, which goes with the tenant.
+    """
+
+    actors: int = Field(default=0, ge=0, le=64)
+    device_mb: int = Field(default=1024, ge=64)
+    host_mb: int = Field(default=1024, ge=0)
+    disk_mb: int = Field(default=8192, ge=0)
+    object_mb: int = Field(default=0, ge=0)
+    codec: Literal["int8", "raw"] = "int8"
+    encrypt: bool = True
+    block_tokens: int = Field(default=64, ge=16, le=1024)
+    max_running: int = Field(default=8, ge=1)
+    max_waiting: int = Field(default=64, ge=0)
+    step_tokens: int = Field(default=256, ge=32)
+    buffer_mb: int = Field(default=2048, ge=64)
+    sweep_s: float = Field(
+        default=60.0, gt=0, description="how often KV of cubes that are gone is looked for"
+    )
+
+
+class ChatConfig(_Section):
+    """``POST /v1/chat/completions``. ``mode`` is how stored KV is used where a request doesn't say."""
+
+    mode: Literal["exact", "blend", "fast", "off"] = "exact"
+    system: str = "You are a helpful assistant."
+    query_chars: int = Field(default=2_000, ge=1, description="of the question, for the search")
+    deadline_s: float = Field(default=300.0, gt=0)
+
+
+class ObjectsConfig(_Section):
+    """Where objects lie: a folder (none is in the data folder), or an S3 bucket.
+
+    The secrets come from ``MEMCUBE_S3_ACCESS_KEY`` and ``MEMCUBE_S3_SECRET_KEY``.
+    """
+
+    folder: Path | None = None
+    s3_endpoint: str | None = Field(default=None, description="host:port of a MinIO or other S3")
+    s3_bucket: str = "memcube"
+    s3_secure: bool = True
+
+
 class LlmConfig(_Section):
     """An OpenAI-compatible endpoint for fact extraction (``infer: true``)."""
 
@@ -144,11 +191,18 @@ class Config(_Section):
     """The whole configuration of one system."""
 
     data_dir: Path = Path(".memcube")
+    model_cache: Path | None = Field(
+        default=None, description="converted models; none is memcube in the user's cache folder"
+    )
     http: HttpConfig = HttpConfig()
     ray: RayConfig = RayConfig()
     catalog: CatalogConfig = CatalogConfig()
     plaintext: PlaintextConfig = PlaintextConfig()
     embedder: EmbedderConfig = EmbedderConfig()
+    model: ModelConfig = ModelConfig()
+    activation: ActivationConfig = ActivationConfig()
+    chat: ChatConfig = ChatConfig()
+    objects: ObjectsConfig = ObjectsConfig()
     reader: ReaderConfig = ReaderConfig()
     gateway: GatewayConfig = GatewayConfig()
     scheduler: SchedulerConfig = SchedulerConfig()
@@ -156,6 +210,13 @@ class Config(_Section):
     retrieval_weights: Path | None = Field(
         default=None, description="a ranker's weights file; none is the one in the package"
     )
+
+    def model_folder(self, environ: Mapping[str, str] = os.environ) -> Path:
+        """Where converted models lie. They hold nothing of a user's, so systems share them."""
+        if self.model_cache is not None:
+            return self.model_cache
+        cache = environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+        return Path(cache) / "memcube" / "models"
 
     def catalog_url(self, environ: Mapping[str, str] = os.environ) -> str:
         """The catalog's address; a relative SQLite file lies in the data folder."""

@@ -40,13 +40,16 @@ from memcube.errors import (
 from memcube.filters import Compare, Filter, Op, all_of
 from memcube.ids import CubeId, TenantId, parse_cube_id
 from memcube.indexing import Clock, Indexer, Shards
-from memcube.lifecycle import Event
+from memcube.lifecycle import SEARCHABLE, Event
 from memcube.reader import Reader, Reading
 from memcube.reader.messages import Header, Message
 from memcube.retrieval.ranker import Hit, Mode
+from memcube.window import Window
 
 T = TypeVar("T")
 Used = Callable[[TenantId, Sequence[CubeId]], None]
+Changed = Callable[[TenantId, Sequence[CubeId]], Awaitable[None]]
+"""Told of cubes whose text is no longer what it was, and awaited before the caller is answered."""
 
 CONTEXT_CANDIDATES = 50
 
@@ -108,6 +111,7 @@ class MemoryService:
         clock: Clock,
         limits: Limits,
         used: Used,
+        changed: Changed | None = None,
     ) -> None:
         self._catalog = catalog
         self._reader = reader
@@ -116,6 +120,7 @@ class MemoryService:
         self._clock = clock
         self._limits = limits
         self._used = used
+        self._changed = changed
 
     async def authenticate(self, secret: str) -> Principal:
         """Who a key belongs to. Asked on every request, so a revoked key ends at once."""
@@ -229,6 +234,7 @@ class MemoryService:
             reason="update",
             now=self._clock(),
         )
+        await self._forget_kv(principal, [cube.id])
         return await self._reindexed(principal, cube)
 
     async def delete(self, principal: Principal, id: str) -> CubeId:
@@ -363,6 +369,7 @@ class MemoryService:
             author=principal.key_id,
             now=self._clock(),
         )
+        await self._forget_kv(principal, [cube.id])
         return await self._reindexed(principal, cube)
 
     async def set_frozen(self, principal: Principal, id: str, frozen: bool) -> MemCube:
@@ -510,6 +517,50 @@ class MemoryService:
         )
         return build_context([Passage.of(hit) for hit in found.hits], token_budget=token_budget)
 
+    def now(self) -> datetime:
+        """The time by which this service acts."""
+        return self._clock()
+
+    async def get_many(self, principal: Principal, ids: Sequence[CubeId]) -> list[MemCube]:
+        """The cubes that are there, in the order of ``ids``."""
+        return await self._run(
+            self._catalog.cubes.get_many, principal.tenant, ids, now=self._clock()
+        )
+
+    async def members_of(self, principal: Principal, scope: SearchScope) -> list[MemCube]:
+        """The searchable leaves that a scope names by ``cube_ids``, composites opened, in order."""
+        now = self._clock()
+        ids = await self._run(
+            self._catalog.cubes.expand,
+            principal.tenant,
+            [parse_cube_id(id) for id in scope.cube_ids],
+            now=now,
+            limit=self._limits.members,
+        )
+        cubes = await self._run(self._catalog.cubes.get_many, principal.tenant, ids, now=now)
+        return [c for c in cubes if c.text and c.state in SEARCHABLE and _lies_in(c, scope)]
+
+    async def turns(
+        self, principal: Principal, windows: Iterable[Window]
+    ) -> dict[Window, list[MemCube]]:
+        """The searchable turns of parts of threads, in order."""
+        now = self._clock()
+        wanted = list(windows)
+        found = await asyncio.gather(
+            *(
+                self._run(
+                    self._catalog.cubes.turns,
+                    principal.tenant,
+                    window.thread,
+                    window.first,
+                    window.last,
+                    now=now,
+                )
+                for window in wanted
+            )
+        )
+        return dict(zip(wanted, found, strict=True))
+
     # -- inside --------------------------------------------------------------------------------
 
     async def _where(
@@ -561,7 +612,12 @@ class MemoryService:
             return cube
         return replace(cube, indexed=True)
 
+    async def _forget_kv(self, principal: Principal, ids: Iterable[CubeId]) -> None:
+        if self._changed is not None and (changed := list(ids)):
+            await self._changed(principal.tenant, changed)
+
     async def _unindex(self, principal: Principal, versions: dict[CubeId, int]) -> None:
+        await self._forget_kv(principal, versions)
         try:
             await self._indexer.remove(principal.tenant, versions, shard=principal.shard)
         except (Unavailable, StaleEpoch):
@@ -619,6 +675,18 @@ def _draft(text: str, header: Header, *, kind: Kind) -> Draft:
         sensitivity=header.sensitivity,
         priority=header.priority,
         expires_at=header.expires_at,
+    )
+
+
+def _lies_in(cube: MemCube, scope: SearchScope) -> bool:
+    d = cube.descriptive
+    return all(
+        asked is None or asked == given
+        for asked, given in (
+            (scope.user_id, d.user_id),
+            (scope.agent_id, d.agent_id),
+            (scope.run_id, d.run_id),
+        )
     )
 
 

@@ -5,11 +5,11 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from datetime import datetime
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, FastAPI, Header, Path, Query, Request
+from fastapi import APIRouter, FastAPI, Header, Path, Query, Request
 from fastapi.responses import JSONResponse, PlainTextResponse
 
 from memcube import __version__
-from memcube.catalog import UNSET, Change, Principal, Role
+from memcube.catalog import UNSET, Change, Role
 from memcube.config import Limits
 from memcube.cube import Kind, Relation
 from memcube.errors import (
@@ -24,24 +24,11 @@ from memcube.lifecycle import READABLE
 from memcube.reader.messages import Header as CubeHeader
 from serve import models, openapi, problems, requests, views
 from serve.backend import Backend
-from serve.guard import GuardedRoute, principal_of
+from serve.chat import openai as openai_routes
+from serve.dependencies import Admin, Here, Reader, Writer, guarded
 from serve.metrics import Measured, Metrics
 
 OpenBackend = Callable[[], Awaitable[Backend]]
-_PROBLEMS: dict[int | str, dict[str, Any]] = {
-    status: {"model": models.ProblemOut, "description": text}
-    for status, text in (
-        (401, "No valid key"),
-        (403, "The key's role is too small"),
-        (404, "Not in this tenant"),
-        (409, "The cube's state forbids it"),
-        (413, "Body over the limit"),
-        (422, "Bad input; nothing was changed"),
-        (503, "A part can't answer now; Retry-After says when to ask again"),
-        (504, "A part did not answer in time; what was asked may have happened"),
-        (507, "No room is left to write; reads go on"),
-    )
-}
 Key = Annotated[str, Path(max_length=64, examples=["01a20e3e-d04c-705b-a9c3-c4fffbea30a3"])]
 Scope = Annotated[str | None, Query(min_length=1, max_length=256)]
 RetryKey = Annotated[
@@ -75,7 +62,7 @@ def create_app(open_backend: OpenBackend, limits: Limits) -> FastAPI:
     app.state.limits = limits
     problems.install(app)
     openapi.install(app)
-    for router in (memories, cubes, keys, state, system):
+    for router in (memories, cubes, openai_routes, keys, state, system):
         app.include_router(router)
     app.add_middleware(problems.BodyLimit, limit=limits.body_bytes)
     app.add_middleware(problems.Named)
@@ -83,38 +70,10 @@ def create_app(open_backend: OpenBackend, limits: Limits) -> FastAPI:
     return app
 
 
-def backend_of(request: Request) -> Backend:
-    return request.app.state.backend
-
-
-Here = Annotated[Backend, Depends(backend_of)]
-
-
-def caller(needed: Role) -> Any:
-    """Who calls, if the key's role allows it."""
-
-    async def check(request: Request) -> Principal:
-        principal = principal_of(request)
-        if not principal.role.allows(needed):
-            raise Forbidden(principal.role, needed)
-        return principal
-
-    return Depends(check)
-
-
-Reader = Annotated[Principal, caller(Role.READER)]
-Writer = Annotated[Principal, caller(Role.WRITER)]
-Admin = Annotated[Principal, caller(Role.ADMIN)]
-
-
-def _guarded(prefix: str, tag: str) -> APIRouter:
-    return APIRouter(prefix=prefix, tags=[tag], responses=_PROBLEMS, route_class=GuardedRoute)
-
-
-memories = _guarded("/v1", "memories")
-cubes = _guarded("/v1/cubes", "cubes")
-keys = _guarded("/v1/keys", "keys")
-state = _guarded("/v1", "system")
+memories = guarded("/v1", "memories")
+cubes = guarded("/v1/cubes", "cubes")
+keys = guarded("/v1/keys", "keys")
+state = guarded("/v1", "system")
 system = APIRouter(tags=["system"])
 
 

@@ -4,12 +4,15 @@ import asyncio
 import os
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any
 
 from memcube.catalog import Catalog
+from memcube.chat.service import ChatService
 from memcube.config import Config
+from memcube.embedding.contract import Embedder
+from memcube.errors import MemCubeError
 from memcube.ids import CubeId, TenantId
 from memcube.indexing import Clock, Indexer
 from memcube.reader import LlmReader, Reader
@@ -30,6 +33,11 @@ class Backend:
     """Asks every part; raises Unavailable when one does not answer."""
 
     close: Callable[[], Awaitable[None]]
+    embedder: Embedder
+    chat: ChatService | None = None
+    chat_model: str | None = None
+    started_at: int = 0
+    """Seconds since 1970; what OpenAI's shape wants of a model."""
 
 
 class UsageBuffer:
@@ -69,6 +77,7 @@ async def open_backend(config: Config) -> Backend:
     import httpx
 
     from actors.embedder import RemoteEmbedder
+    from actors.kv_cache import RemoteChatModel
     from actors.qdrant import RemoteShard
     from actors.system import ensure_system
 
@@ -86,6 +95,18 @@ async def open_backend(config: Config) -> Backend:
         lambda counts: _fire(system.scheduler.record_uses.remote(counts)),
         every_s=config.scheduler.usage_flush_s,
     )
+    engines = [RemoteChatModel(handle, number) for number, handle in enumerate(system.engines)]
+
+    async def forget(tenant: TenantId, ids: Sequence[CubeId]) -> None:
+        # KV is found by the tokens of a prompt, and these cubes are in none any more: an engine that
+        # doesn't answer now serves nothing of them either, and its sweep drops the bytes.
+        told = await asyncio.gather(
+            *(engine.forget(ids, None) for engine in engines), return_exceptions=True
+        )
+        for failed in told:
+            if isinstance(failed, BaseException) and not isinstance(failed, MemCubeError):
+                raise failed
+
     service = MemoryService(
         catalog,
         Reader(config.reader, llm),
@@ -94,7 +115,9 @@ async def open_backend(config: Config) -> Backend:
         clock=_now,
         limits=config.limits,
         used=uses.add,
+        changed=forget if engines else None,
     )
+    model = (await engines[0].describe()).name if engines else None
 
     async def status() -> dict[str, Any]:
         from actors.calls import answer
@@ -110,6 +133,7 @@ async def open_backend(config: Config) -> Backend:
             ],
             "embedder": {"identity": embedder.identity, "dim": embedder.dim, **load},
             "scheduler": scheduling,
+            "engines": [asdict(await engine.describe()) for engine in engines],
         }
 
     async def close() -> None:
@@ -117,7 +141,18 @@ async def open_backend(config: Config) -> Backend:
         await http.aclose()
         await asyncio.to_thread(catalog.close)
 
-    return Backend(service, catalog, config, _now, status, close)
+    return Backend(
+        service,
+        catalog,
+        config,
+        _now,
+        status,
+        close,
+        embedder,
+        chat=ChatService(service, engines, config.chat) if engines else None,
+        chat_model=model,
+        started_at=int(_now().timestamp()),
+    )
 
 
 def _fire(ref: object) -> None:

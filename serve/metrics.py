@@ -5,6 +5,8 @@ import time
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from memcube.chat.service import Report
+
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 
@@ -48,6 +50,30 @@ class Metrics:
         self.scheduler_epoch = Gauge(
             "memcube_scheduler_epoch", "Epoch of the scheduler's lease.", registry=self.registry
         )
+
+        self.ttft_seconds = Histogram(
+            "memcube_chat_ttft_seconds",
+            "Time to the first token of an answer, in the engine.",
+            registry=self.registry,
+            buckets=BUCKETS,
+        )
+        self.prompt_tokens = Counter(
+            "memcube_chat_prompt_tokens_total",
+            "Tokens of prompts, by how they were read.",
+            ("how",),
+            registry=self.registry,
+        )
+
+    def answered(self, report: Report) -> None:
+        """Count a chat's answer."""
+        usage = report.usage
+        self.ttft_seconds.observe(usage.ttft_s)
+        for how, tokens in (
+            ("attached", usage.attached_exact),
+            ("composed", usage.attached_composed),
+            ("prefilled", usage.prefilled),
+        ):
+            self.prompt_tokens.labels(how).inc(tokens)
 
     def text(self) -> bytes:
         """The exposition format."""

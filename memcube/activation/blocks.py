@@ -12,9 +12,8 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
 import torch
-from torch import Tensor
-
 from memcube.policies.retention import Decision, Item
+from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -396,6 +396,23 @@ class Cubes:
                     found[row["id"]] = cube_of(row)
         return [found[id] for id in ids if id in found]
 
+    def turns(
+        self, tenant: TenantId, thread: str, first: int, last: int, *, now: datetime
+    ) -> list[MemCube]:
+        """The searchable cubes at places ``first`` to ``last`` of a thread, in order."""
+        query = (
+            sa.select(_cubes)
+            .where(
+                *_alive(tenant, now),
+                _cubes.c.searchable,
+                _cubes.c.thread == thread,
+                _cubes.c.seq.between(first, last),
+            )
+            .order_by(_cubes.c.seq)
+        )
+        with self._database.reading() as connection:
+            return [cube_of(row) for row in connection.execute(query).mappings()]
+
     def live_versions(
         self, tenant: TenantId, ids: Sequence[CubeId], *, now: datetime
     ) -> dict[CubeId, int]:

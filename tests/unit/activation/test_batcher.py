@@ -506,7 +506,7 @@ def test_a_request_does_not_wait_for_background_work_on_its_prefix():
 def test_stats_say_what_was_done():
     house = House()
     house.ask(prompt(64))
-    house.ask([*prompt(64), 1, 2, 3])
+    house.ask(prompt(64) + [1, 2, 3])
     stats = house.batcher.stats()
     assert stats.attached_tokens == {"exact": 64}
     assert stats.prefilled_tokens == 64 + 3

@@ -119,6 +119,7 @@ def _backend_of(system: LocalSystem) -> Backend:
         clock=system.clock,
         status=system.status,
         close=_nothing,
+        embedder=system.embedder,
     )
 
 

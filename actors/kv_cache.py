@@ -1,0 +1,247 @@
+"""The activation tier's actor: one engine, on one GPU or CPU slot, that answers chats."""
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Collection
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any, cast
+
+import ray
+from ray.actor import ActorHandle
+from ray.exceptions import RayActorError, RayTaskError
+
+from actors import NAMESPACE
+from actors.calls import answer
+from actors.kv_store import RemoteKvStore, spawn_kv_store_actor
+from memcube.activation.contract import Usage
+from memcube.activation.engine import Engine, EngineLimits
+from memcube.activation.forward import PackedModel
+from memcube.activation.lower import StoreBelow
+from memcube.activation.media import MediumStats
+from memcube.activation.models import load_model
+from memcube.activation.stats import EngineStats
+from memcube.chat.contract import ChatPiece, ChatPrompt
+from memcube.chat.host import BuildRequest, ChatHost
+from memcube.chat.prompt import PromptBuilder
+from memcube.config import Config
+from memcube.errors import DeadlineExceeded, MemCubeError, Unavailable
+from memcube.policies.retention import Retention
+
+LOAD_DEADLINE_S = 300.0
+CALL_DEADLINE_S = 60.0
+MIB = 1 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelInfo:
+    """What an engine runs. ``why_not`` says why segments can't be composed, if they can't."""
+
+    name: str
+    fingerprint: str
+    max_positions: int
+    device: str
+    node: str
+    why_not: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KvStats:
+    """One moment of an engine and of its node's media."""
+
+    engine: EngineStats
+    media: list[MediumStats]
+
+
+@dataclass(frozen=True, slots=True)
+class _Open:
+    host: ChatHost
+    engine: Engine
+    store: Any
+    info: ModelInfo
+
+
+class KVCacheActor:
+    """Owns a model, its KV pool and what runs on them. The model is loaded at the first call."""
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self._opening: asyncio.Task[_Open] | None = None
+
+    async def _opened(self) -> _Open:
+        if self._opening is None:
+            self._opening = asyncio.create_task(self._open())
+        opening = self._opening
+        try:
+            return await asyncio.shield(opening)
+        except Exception:
+            if self._opening is opening:
+                self._opening = None
+            raise
+
+    async def _open(self) -> _Open:
+        config = self._config
+        wanted = config.activation
+        loaded = await asyncio.to_thread(load_model, config.model, config.model_folder())
+        node = ray.get_runtime_context().get_node_id()
+        store: Any = None
+        lower = None
+        if wanted.host_mb or wanted.disk_mb or wanted.object_mb:
+            store = spawn_kv_store_actor(
+                config, node=node, model=loaded.fingerprint, layout=loaded.layout
+            )
+            lower = StoreBelow(RemoteKvStore(store), loaded, codec=wanted.codec)
+        engine = Engine(
+            PackedModel(loaded),
+            loaded,
+            policy=Retention(wanted.device_mb * MIB),
+            limits=EngineLimits(
+                block_tokens=wanted.block_tokens,
+                max_running=wanted.max_running,
+                max_waiting=wanted.max_waiting,
+                step_tokens=wanted.step_tokens,
+                buffer_bytes=wanted.buffer_mb * MIB,
+            ),
+            lower=lower,
+        )
+        info = ModelInfo(
+            name=loaded.name,
+            fingerprint=loaded.fingerprint,
+            max_positions=loaded.max_positions,
+            device=str(loaded.model.device),
+            node=node,
+            why_not=loaded.why_not,
+        )
+        prompts = PromptBuilder(loaded.tokenizer, system=config.chat.system)
+        return _Open(ChatHost(engine, prompts), engine, store, info)
+
+    async def describe(self) -> ModelInfo:
+        """What runs here; returns when it is loaded."""
+        return (await self._opened()).info
+
+    async def chat(self, prompt: ChatPrompt) -> AsyncGenerator[ChatPiece]:
+        """The answer in pieces."""
+        host = (await self._opened()).host
+        async with aclosing(host.chat(prompt)) as pieces:
+            async for piece in pieces:
+                yield piece
+
+    async def build(self, wanted: BuildRequest) -> Usage:
+        """Compute and store KV ahead of any question."""
+        return await (await self._opened()).host.build(wanted)
+
+    async def forget(self, cubes: Collection[str], tenant: str | None) -> int:
+        """Make all KV unservable that holds one of these cubes, and all of a tenant."""
+        return await (await self._opened()).engine.forget(cubes, tenant)
+
+    async def residency(self, cube: str) -> dict[str, int]:
+        """Bytes that hold a cube, by medium."""
+        opened = await self._opened()
+        on_device = await opened.engine.resident_bytes(cube)
+        found = {"device": on_device} if on_device else {}
+        if opened.store is not None:
+            found |= await opened.store.residency.remote(cube)
+        return found
+
+    async def stats(self) -> KvStats:
+        """This moment."""
+        opened = await self._opened()
+        media = await opened.store.stats.remote() if opened.store is not None else []
+        return KvStats(engine=opened.engine.stats(), media=media)
+
+    async def sweep(self) -> int:
+        """Drop the KV of cubes that are gone; see ``KvStoreActor.sweep``."""
+        opened = await self._opened()
+        return await opened.store.sweep.remote() if opened.store is not None else 0
+
+    async def close(self) -> None:
+        """Take what is on the device down to the media, and end."""
+        if self._opening is None:
+            return
+        opened = await self._opening
+        await opened.engine.close(drain_s=5.0)
+        if opened.store is not None:
+            await opened.store.close.remote()
+
+
+class RemoteChatModel:
+    """A ``ChatModel`` that asks the actor."""
+
+    def __init__(self, handle: ActorHandle[Any], number: int) -> None:
+        self._handle = handle
+        self._name = f"engine {number}"
+
+    async def describe(self) -> ModelInfo:
+        call = self._handle.describe.remote()
+        return await answer(call, of=self._name, deadline_s=LOAD_DEADLINE_S)
+
+    async def chat(self, prompt: ChatPrompt) -> AsyncGenerator[ChatPiece]:
+        """The answer in pieces; closing the iterator ends the work there."""
+        refs = self._handle.chat.options(num_returns="streaming").remote(prompt)
+        # The engine keeps the deadline; this one is for an engine that is gone without a word.
+        until = time.monotonic() + prompt.deadline_s + 10.0
+        try:
+            while True:
+                try:
+                    left_s = max(until - time.monotonic(), 0.1)
+                    ref = await asyncio.wait_for(anext(refs), left_s)
+                    piece = cast(ChatPiece, await ref)
+                except StopAsyncIteration:
+                    return
+                except TimeoutError:
+                    raise DeadlineExceeded(f"{self._name} said nothing for too long") from None
+                except RayTaskError as failed:
+                    if isinstance(failed.cause, MemCubeError):
+                        raise failed.cause from None
+                    raise
+                except RayActorError:
+                    raise Unavailable(f"{self._name} is being restarted", 2.0) from None
+                yield piece
+                if piece.finish is not None:
+                    return
+        finally:
+            ray.cancel(refs)
+
+    async def build(self, wanted: BuildRequest) -> Usage:
+        call = self._handle.build.remote(wanted)
+        return await answer(call, of=self._name, deadline_s=LOAD_DEADLINE_S)
+
+    async def forget(self, cubes: Collection[str], tenant: str | None) -> int:
+        call = self._handle.forget.remote(list(cubes), tenant)
+        return await answer(call, of=self._name, deadline_s=CALL_DEADLINE_S)
+
+    async def residency(self, cube: str) -> dict[str, int]:
+        call = self._handle.residency.remote(cube)
+        return await answer(call, of=self._name, deadline_s=CALL_DEADLINE_S)
+
+    async def stats(self) -> KvStats:
+        call = self._handle.stats.remote()
+        return await answer(call, of=self._name, deadline_s=10.0)
+
+    async def sweep(self) -> int:
+        call = self._handle.sweep.remote()
+        return await answer(call, of=self._name, deadline_s=CALL_DEADLINE_S)
+
+
+def spawn_kv_cache_actor(config: Config, *, number: int) -> ActorHandle[Any]:
+    """The one place that states this actor's Ray options: a whole GPU each, where there are any.
+
+    A chat is not repeated by Ray: what was said would be said again, and differently.
+    """
+    on_gpu = config.model.device != "cpu" and ray.cluster_resources().get("GPU", 0) > 0
+    spawned = (
+        ray.remote(KVCacheActor)
+        .options(
+            name=f"kv-cache-{number}",
+            namespace=NAMESPACE,
+            lifetime="detached",
+            get_if_exists=True,
+            num_cpus=0,
+            num_gpus=0.7 if on_gpu else 0,
+            max_concurrency=512,
+            max_restarts=-1,
+            max_task_retries=0,
+        )
+        .remote(config)
+    )
+    return cast(ActorHandle[Any], spawned)

@@ -1,0 +1,260 @@
+"""The activation tier's media below the device: one actor a node, shared by the node's engines.
+
+Host payloads lie in Ray's object store, so that an engine of the same node reads them without a
+copy. Disk and object store are this process's alone.
+"""
+
+import asyncio
+import os
+import time
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import ray
+from ray.actor import ActorHandle
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from actors import NAMESPACE
+from memcube.activation.disk import DiskMedium
+from memcube.activation.keyring import Keyring
+from memcube.activation.layout import KvLayout
+from memcube.activation.media import MediaHierarchy, MediumStats
+from memcube.activation.medium import HostMedium, Medium
+from memcube.activation.packs import ObjectMedium
+from memcube.activation.payload import KvPayload
+from memcube.activation.quantise import Arrays
+from memcube.catalog import Catalog
+from memcube.config import Config
+from memcube.errors import BadRequest, Unavailable
+from memcube.ids import CubeId, TenantId
+from memcube.objects import ObjectStore
+from memcube.objects.blocking import BlockingObjects
+from memcube.policies.retention import Item, Retention
+
+CALL_DEADLINE_S = 30.0
+OPEN_DEADLINE_S = 30.0
+MIB = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Shipped:
+    """A payload whose arrays lie in Ray's object store."""
+
+    head: dict[str, Any]
+    arrays: Any
+
+    @classmethod
+    def of(cls, payload: KvPayload, arrays: Any | None) -> "Shipped":
+        """``arrays`` is a reference to the payload's, where there is one already."""
+        head = {
+            name: getattr(payload, name)
+            for name in ("key", "kind", "num_tokens", "layout", "codec", "model")
+        }
+        return cls(head, arrays if arrays is not None else ray.put(dict(payload.arrays)))
+
+    def payload(self, arrays: Arrays) -> KvPayload:
+        return KvPayload(**self.head, arrays=arrays)
+
+
+class PlasmaArrays:
+    """``SharedArrays`` in Ray's object store; a handle is a reference that this process owns."""
+
+    def put(self, arrays: Arrays) -> Any:
+        return ray.put(dict(arrays))
+
+    def get(self, handle: Any) -> Arrays | None:
+        return cast(Mapping[str, Any], ray.get(handle))
+
+    def drop(self, handle: Any) -> None:
+        """The object goes with its last reference."""
+
+
+class KvStoreActor:
+    """Hosts a ``MediaHierarchy`` for one model."""
+
+    def __init__(self, config: Config, model: str, layout: KvLayout) -> None:
+        self._config = config
+        self._model = model
+        self._layout = layout
+        self._host: HostMedium | None = None
+        self._media = self._open()
+        self._catalog = Catalog.open(config.catalog_url())
+        self._sweeper: asyncio.Task[None] | None = None
+
+    def _open(self) -> MediaHierarchy:
+        config = self._config.activation
+        folder = Path(self._config.data_dir) / "activation"
+        keyring = Keyring(folder / "keyring") if config.encrypt else None
+        media: list[tuple[Medium, Retention]] = []
+        if config.host_mb:
+            self._host = HostMedium(PlasmaArrays())
+            media.append((self._host, Retention(config.host_mb * MIB)))
+        if config.disk_mb:
+            disk = self._open_disk(folder / "disk", keyring)
+            media.append((disk, Retention(config.disk_mb * MIB)))
+        if config.object_mb:
+            objects = ObjectMedium(
+                BlockingObjects(lambda: open_objects(self._config)),
+                writer=os.uname().nodename,
+                model=self._model,
+                layout=self._layout,
+                keyring=keyring,
+            )
+            media.append((objects, Retention(config.object_mb * MIB)))
+        return MediaHierarchy(media, now=time.monotonic(), keyring=keyring)
+
+    def _open_disk(self, folder: Path, keyring: Keyring | None) -> DiskMedium:
+        """A process that was killed a moment ago may still hold the folder."""
+        until = time.monotonic() + OPEN_DEADLINE_S
+        while True:
+            try:
+                return DiskMedium.open(
+                    folder, model=self._model, layout=self._layout, keyring=keyring
+                )
+            except Unavailable:
+                if time.monotonic() > until:
+                    raise
+                time.sleep(0.2)
+
+    async def put(self, shipped: Shipped, item: Item, members: Collection[str]) -> None:
+        """Keep a payload if it is worth its bytes."""
+        payload = shipped.payload(await shipped.arrays)
+        await asyncio.to_thread(
+            self._media.put, payload, item, time.monotonic(), members=frozenset(members)
+        )
+
+    async def get(self, keys: Sequence[str]) -> list[Shipped | None]:
+        """The payloads of these keys."""
+        return await asyncio.to_thread(self._get, keys)
+
+    def _get(self, keys: Sequence[str]) -> list[Shipped | None]:
+        found: list[Shipped | None] = []
+        for key in keys:
+            payload = self._media.get(key, time.monotonic())
+            if payload is None:
+                found.append(None)
+            else:
+                handle = self._host.handle(key) if self._host is not None else None
+                found.append(Shipped.of(payload, handle))
+        return found
+
+    async def delete_members(self, cubes: Collection[str], tenant: str | None) -> None:
+        """Drop what holds one of these cubes, and all of a tenant. Idempotent."""
+        if cubes:
+            await asyncio.to_thread(self._media.delete_members, frozenset(cubes))
+        if tenant is not None:
+            await asyncio.to_thread(self._media.delete_tenant, tenant)
+
+    async def residency(self, cube: str) -> dict[str, int]:
+        """Bytes that hold a cube, by medium."""
+        return self._media.residency(cube)
+
+    async def stats(self) -> list[MediumStats]:
+        """Each medium's bytes and counts."""
+        return self._media.stats()
+
+    async def hint(self, group: str, probability: float) -> None:
+        """How likely a conversation goes on."""
+        self._media.hint(group, probability, time.monotonic())
+
+    async def sweep(self) -> int:
+        """Drop the KV of cubes that are gone from the catalog: deleted or expired while this actor,
+        or the one that should have told it, was not there. Returns how many cubes that were."""
+        return await asyncio.to_thread(self._sweep)
+
+    def _sweep(self) -> int:
+        from datetime import UTC, datetime
+
+        gone = 0
+        now = datetime.now(UTC)
+        for tenant, members in self._media.members().items():
+            ids = [CubeId(member) for member in members]
+            live = self._catalog.cubes.live_versions(TenantId(tenant), ids, now=now)
+            if dead := [id for id in ids if id not in live]:
+                self._media.delete_members(dead, tenant)
+                gone += len(dead)
+        return gone
+
+    async def close(self) -> None:
+        """Write out what waits; the actor is of no use afterwards."""
+        await asyncio.to_thread(self._media.close)
+        self._catalog.close()
+
+
+class RemoteKvStore:
+    """A ``KvStore`` behind the actor, for the thread that moves blocks up and down."""
+
+    def __init__(self, handle: ActorHandle[Any]) -> None:
+        self._handle = handle
+
+    def put(self, payload: KvPayload, item: Item, members: Collection[str]) -> None:
+        shipped = Shipped.of(payload, None)
+        self._wait(self._handle.put.remote(shipped, item, frozenset(members)))
+
+    def get(self, keys: Sequence[str]) -> list[KvPayload | None]:
+        shipped = self._wait(self._handle.get.remote(list(keys)))
+        arrays = iter(self._wait([one.arrays for one in shipped if one is not None]))
+        return [None if one is None else one.payload(next(arrays)) for one in shipped]
+
+    def delete_members(self, cubes: Collection[str], tenant: str | None) -> None:
+        self._wait(self._handle.delete_members.remote(frozenset(cubes), tenant))
+
+    @staticmethod
+    def _wait(refs: Any) -> Any:
+        return ray.get(refs, timeout=CALL_DEADLINE_S)
+
+
+async def open_objects(config: Config) -> ObjectStore:
+    """The object store of a configuration.
+
+    Raises:
+        BadRequest: an S3 endpoint without its keys in the environment.
+        Unavailable: the server does not answer.
+    """
+    objects = config.objects
+    if objects.s3_endpoint is None:
+        from memcube.objects.folder import FolderStore
+
+        return FolderStore.open(objects.folder or Path(config.data_dir) / "objects")
+    from memcube.objects.s3 import S3Settings, S3Store
+
+    access, secret = (os.environ.get(f"MEMCUBE_S3_{name}_KEY") for name in ("ACCESS", "SECRET"))
+    if not access or not secret:
+        raise BadRequest(
+            "set MEMCUBE_S3_ACCESS_KEY and MEMCUBE_S3_SECRET_KEY", "objects.s3_endpoint"
+        )
+    settings = S3Settings(
+        endpoint=objects.s3_endpoint,
+        bucket=objects.s3_bucket,
+        access_key=access,
+        secret_key=secret,
+        secure=objects.s3_secure,
+    )
+    return await S3Store.open(settings, create_bucket=True)
+
+
+def spawn_kv_store_actor(
+    config: Config, *, node: str, model: str, layout: KvLayout
+) -> ActorHandle[Any]:
+    """The one place that states this actor's Ray options: one a node and model, on that node.
+
+    Every call is idempotent, so Ray may repeat it.
+    """
+    spawned = (
+        ray.remote(KvStoreActor)
+        .options(
+            name=f"kv-store-{node[:16]}-{model[:16]}",
+            namespace=NAMESPACE,
+            lifetime="detached",
+            get_if_exists=True,
+            num_cpus=0,
+            max_concurrency=64,
+            max_restarts=-1,
+            max_task_retries=-1,
+            scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=True),
+        )
+        .remote(config, model, layout)
+    )
+    return cast(ActorHandle[Any], spawned)

@@ -1,0 +1,90 @@
+"""What goes between the gateway and the actor that has the model."""
+
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass
+from typing import Protocol
+
+from memcube.activation.contract import AdapterRef, FinishReason, Mode, Sampling, Usage
+from memcube.ids import CubeId, TenantId
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Turn:
+    """One message of the conversation so far."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemorySegment:
+    """Memories that are read together, and whose KV is built, kept and attached as one.
+
+    ``text`` ends with a line break. The same cubes give the same text, whatever was asked: that is
+    what makes the KV of one question fit the next.
+    """
+
+    text: str
+    cubes: tuple[CubeId, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChatPrompt:
+    """A conversation to go on with, and the memories that it may use.
+
+    ``salt`` separates tenants in every KV key. ``group`` names the conversation, whose next turn is
+    likely to follow.
+    """
+
+    turns: tuple[Turn, ...]
+    segments: tuple[MemorySegment, ...]
+    tenant: TenantId
+    salt: str
+    group: str
+    mode: Mode
+    sampling: Sampling
+    max_tokens: int | None
+    stop: tuple[str, ...]
+    deadline_s: float
+    adapter: AdapterRef | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SegmentUse:
+    """How much of a segment's KV was attached: exactly, or composed; the rest was read as text."""
+
+    num_tokens: int
+    exact: int
+    composed: int
+
+    @property
+    def form(self) -> str:
+        """``exact_kv``, ``composed_kv`` or ``text``: the form that most of it had."""
+        text = self.num_tokens - self.exact - self.composed
+        if self.exact >= max(self.composed, text, 1):
+            return "exact_kv"
+        return "composed_kv" if self.composed >= max(text, 1) else "text"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChatPiece:
+    """A part of an answer. The last one alone has ``finish``, ``usage`` and ``uses`` (a segment each)."""
+
+    text: str
+    finish: FinishReason | None = None
+    usage: Usage | None = None
+    uses: tuple[SegmentUse, ...] = ()
+
+
+class ChatModel(Protocol):
+    """A model that answers, as the gateway sees it."""
+
+    def chat(self, prompt: ChatPrompt) -> AsyncGenerator[ChatPiece]:
+        """The answer in pieces; closing the iterator ends the work.
+
+        Raises:
+            BadRequest: the prompt doesn't fit the model.
+            TooBusy: too much waits; says when to try again.
+            Unavailable, DeadlineExceeded: no answer.
+        """
+        ...

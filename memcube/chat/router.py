@@ -1,0 +1,71 @@
+"""Which engine answers: the one that is likely to begin first.
+
+Pure: no clock, no I/O. An engine that holds much of a prompt as KV has less to read; one with
+little in line begins earlier. What engines hold is remembered from what was sent where: a guess
+that may be wrong after evictions, which costs time and nothing else.
+"""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import NamedTuple
+
+MAX_REMEMBERED = 50_000
+DECODE_CHARS = 500
+"""What an answer takes beside its prompt, in characters read: so that short prompts spread too."""
+
+
+class Part(NamedTuple):
+    """A part of a prompt that is kept as KV on its own: a segment, or the turns up to one."""
+
+    digest: str
+    num_chars: int
+
+
+class Route(NamedTuple):
+    """Where a request went, and what it added to that engine's line."""
+
+    engine: int
+    work: int
+
+
+class Router:
+    """Chooses among engines numbered 0 … n-1. It belongs to one event loop."""
+
+    def __init__(self, num_engines: int) -> None:
+        if num_engines < 1:
+            raise ValueError("a router needs an engine")
+        self._in_line = [0] * num_engines
+        self._held: list[OrderedDict[str, None]] = [OrderedDict() for _ in range(num_engines)]
+        self._down: set[int] = set()
+
+    def choose(self, parts: Sequence[Part]) -> Route:
+        """The engine for a prompt of these parts. It counts as in its line until ``done``."""
+        everyone = range(len(self._held))
+        candidates = [i for i in everyone if i not in self._down] or everyone
+        engine = min(candidates, key=lambda i: (self._missing(i, parts) + self._in_line[i], i))
+        route = Route(engine, self._missing(engine, parts) + DECODE_CHARS)
+        self._in_line[engine] += route.work
+        held = self._held[engine]
+        for part in parts:
+            held[part.digest] = None
+            held.move_to_end(part.digest)
+        while len(held) > MAX_REMEMBERED:
+            held.popitem(last=False)
+        return route
+
+    def done(self, route: Route) -> None:
+        """The request is answered, failed or given up."""
+        self._in_line[route.engine] -= route.work
+
+    def lost(self, engine: int) -> None:
+        """The engine did not answer: what it held is gone, and others are asked first."""
+        self._held[engine].clear()
+        self._down.add(engine)
+
+    def back(self, engine: int) -> None:
+        """The engine answered."""
+        self._down.discard(engine)
+
+    def _missing(self, engine: int, parts: Sequence[Part]) -> int:
+        held = self._held[engine]
+        return sum(part.num_chars for part in parts if part.digest not in held)

@@ -1,0 +1,261 @@
+"""One chat request's way through the gateway: choose memories, choose an engine, stream, report.
+
+Memories are read from the catalog at the time of the request, so what was deleted, changed or has
+expired is not in the prompt; and since KV is found by the prompt's own tokens, no payload of an
+older version can be attached to it.
+"""
+
+import time
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
+
+from memcube.activation.contract import FinishReason, Mode, Sampling, Usage
+from memcube.catalog import Principal
+from memcube.chat.contract import ChatModel, ChatPrompt, MemorySegment, SegmentUse, Turn
+from memcube.chat.router import Part, Route, Router
+from memcube.chat.selection import Packed, fitting, pack, wanted
+from memcube.config import ChatConfig
+from memcube.cube import MemCube
+from memcube.errors import BadRequest, Unavailable
+from memcube.ids import CubeId, digest
+from memcube.reader.messages import Header, Message
+from memcube.service import AddRequest, MemoryService, SearchScope
+
+CANDIDATES = 24
+"""Hits that vote for windows: more of them vote for windows that answer nothing."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryChoice:
+    """Which memories an answer may use, and how. ``write_back`` remembers the turn afterwards."""
+
+    scope: SearchScope
+    token_budget: int
+    mode: Mode
+    write_back: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChatRequest:
+    """A conversation to go on with. ``memory`` None uses none."""
+
+    turns: tuple[Turn, ...]
+    sampling: Sampling
+    max_tokens: int | None = None
+    stop: tuple[str, ...] = ()
+    memory: MemoryChoice | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CubeUse:
+    """A cube in the prompt, and the form that it was read in."""
+
+    id: CubeId
+    form: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """How an answer came about."""
+
+    usage: Usage
+    cubes: tuple[CubeUse, ...]
+    mode: Mode
+    engine: int
+    retrieval_ms: float
+    written_back: tuple[CubeId, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chunk:
+    """A part of an answer; the last one has ``finish`` and ``report``."""
+
+    text: str
+    finish: FinishReason | None = None
+    report: Report | None = None
+
+
+@dataclass(slots=True)
+class _Recalled:
+    segments: tuple[MemorySegment, ...] = ()
+    took_ms: float = 0.0
+    answer: list[str] = field(default_factory=list)
+
+
+class ChatService:
+    """Answers chats over engines numbered as the router knows them."""
+
+    def __init__(
+        self, memory: MemoryService, models: Sequence[ChatModel], config: ChatConfig
+    ) -> None:
+        self._memory = memory
+        self._models = models
+        self._config = config
+        self._router = Router(len(models))
+
+    async def answer(self, principal: Principal, request: ChatRequest) -> AsyncGenerator[Chunk]:
+        """The answer in parts. Closing the iterator ends the work.
+
+        Raises:
+            BadRequest: no turn of a user, or a prompt that the model can't take.
+            TooBusy: every engine has too much in line.
+            Unavailable, DeadlineExceeded: no engine answered.
+        """
+        question = _question(request.turns)
+        recalled = _Recalled()
+        if request.memory is not None:
+            started = time.perf_counter()
+            recalled.segments = await self.recall(principal, question, request.memory)
+            recalled.took_ms = (time.perf_counter() - started) * 1e3
+        prompt = ChatPrompt(
+            turns=request.turns,
+            segments=recalled.segments,
+            tenant=principal.tenant,
+            salt=principal.tenant,
+            group=_group(principal, request),
+            mode=request.memory.mode if request.memory is not None else Mode.EXACT,
+            sampling=request.sampling,
+            max_tokens=request.max_tokens,
+            stop=request.stop,
+            deadline_s=self._config.deadline_s,
+        )
+        parts = _parts(principal, prompt)
+        tried = 0
+        while True:
+            route = self._router.choose(parts)
+            try:
+                answers = self._through(principal, route, prompt, request, recalled)
+                async with aclosing(answers):
+                    async for chunk in answers:
+                        yield chunk
+            except Unavailable as failed:
+                # Once something was said, another engine would say it again, and differently.
+                tried += 1
+                if type(failed) is not Unavailable or recalled.answer or tried >= len(self._models):
+                    raise
+                self._router.lost(route.engine)
+            else:
+                self._router.back(route.engine)
+                return
+            finally:
+                self._router.done(route)
+
+    async def recall(
+        self, principal: Principal, question: str, choice: MemoryChoice
+    ) -> tuple[MemorySegment, ...]:
+        """The memories for a question, as segments of at most the choice's budget in all.
+
+        Cubes that are named and fit the budget all go in, in their order: then nothing is searched.
+        """
+        scope = choice.scope
+        if scope.cube_ids and scope.filters is None:
+            named = await self._memory.members_of(principal, scope)
+            everything = pack(named, worth=1.0)
+            if sum(one.num_tokens for one in everything) <= choice.token_budget:
+                return tuple(one.segment for one in everything)
+        found = await self._memory.search(
+            principal, question[-self._config.query_chars :], scope, top_k=CANDIDATES
+        )
+        suggested = wanted(found.hits)
+        packed: list[Packed] = []
+        if scope.cube_ids or scope.filters is not None:
+            # The turns around a hit need not match what was asked for: the hits alone go in.
+            cubes = await self._memory.get_many(principal, [hit.id for hit in found.hits])
+            packed += _ranked(cubes, [hit.id for hit in found.hits], choice.token_budget)
+        else:
+            for window, turns in (await self._memory.turns(principal, suggested.windows)).items():
+                packed += pack(turns, worth=suggested.windows[window])
+            singles = await self._memory.get_many(principal, list(suggested.singles))
+            packed += _ranked(singles, list(suggested.singles), choice.token_budget // 2)
+        return fitting(packed, token_budget=choice.token_budget)
+
+    async def _through(
+        self,
+        principal: Principal,
+        route: Route,
+        prompt: ChatPrompt,
+        request: ChatRequest,
+        recalled: _Recalled,
+    ) -> AsyncGenerator[Chunk]:
+        pieces = self._models[route.engine].chat(prompt)
+        async for piece in pieces:
+            recalled.answer.append(piece.text)
+            if piece.finish is None:
+                yield Chunk(text=piece.text)
+                continue
+            assert piece.usage is not None
+            report = Report(
+                usage=piece.usage,
+                cubes=_uses(prompt.segments, piece.uses),
+                mode=prompt.mode,
+                engine=route.engine,
+                retrieval_ms=recalled.took_ms,
+                written_back=await self._write_back(principal, request, "".join(recalled.answer)),
+            )
+            yield Chunk(text=piece.text, finish=piece.finish, report=report)
+
+    async def _write_back(
+        self, principal: Principal, request: ChatRequest, answer: str
+    ) -> tuple[CubeId, ...]:
+        """The question and its answer as turns of the scope, stored before the answer ends."""
+        if request.memory is None or not request.memory.write_back:
+            return ()
+        scope = request.memory.scope
+        now = self._memory.now()
+        said = [Message(role="user", content=_question(request.turns), time=now)]
+        if answer.strip():
+            said.append(Message(role="assistant", content=answer, time=now))
+        header = Header(user_id=scope.user_id, agent_id=scope.agent_id, run_id=scope.run_id)
+        (outcome,) = await self._memory.add(
+            principal, [AddRequest(messages=tuple(said), header=header)], wait_indexed=False
+        )
+        return tuple(result.cube.id for result in outcome.results)
+
+
+def _question(turns: Sequence[Turn]) -> str:
+    for turn in reversed(turns):
+        if turn.role == "user" and turn.content.strip():
+            return turn.content
+    raise BadRequest("hold nothing that a user says", "messages")
+
+
+def _group(principal: Principal, request: ChatRequest) -> str:
+    """The conversation: its scope, or else its first question, which all its requests repeat."""
+    scope = request.memory.scope if request.memory is not None else SearchScope()
+    first = next(turn.content for turn in request.turns if turn.role == "user")
+    return digest("chat", principal.tenant, scope.user_id, scope.agent_id, scope.run_id, first)
+
+
+def _parts(principal: Principal, prompt: ChatPrompt) -> list[Part]:
+    """What of a prompt an engine may hold: each segment, and the conversation up to each turn."""
+    parts = [
+        Part(digest("segment", principal.tenant, s.text), len(s.text)) for s in prompt.segments
+    ]
+    so_far = digest("turns", principal.tenant, *(part.digest for part in parts))
+    for turn in prompt.turns:
+        so_far = digest("turn", so_far, turn.role, turn.content)
+        parts.append(Part(so_far, len(turn.content)))
+    return parts
+
+
+def _uses(segments: Sequence[MemorySegment], uses: Sequence[SegmentUse]) -> tuple[CubeUse, ...]:
+    return tuple(
+        CubeUse(id=cube, form=use.form)
+        for segment, use in zip(segments, uses, strict=True)
+        for cube in segment.cubes
+    )
+
+
+def _ranked(cubes: Sequence[MemCube], ranking: Sequence[CubeId], token_budget: int) -> list[Packed]:
+    """The best cubes that fit, packed in the order of their ids, so that a like choice is laid out
+    alike."""
+    order = {id: place for place, id in enumerate(ranking)}
+    chosen: list[MemCube] = []
+    left = token_budget
+    for cube in sorted(cubes, key=lambda cube: order[cube.id]):
+        (alone,) = pack([cube], worth=0.0)
+        if alone.num_tokens <= left:
+            chosen.append(cube)
+            left -= alone.num_tokens
+    return pack(sorted(chosen, key=lambda cube: cube.id), worth=1.0)
