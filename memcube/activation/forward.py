@@ -121,6 +121,8 @@ class PackedModel:
         self.device = self.model.device
         if self.model.config._attn_implementation != _NAME:
             self._check(loaded.name)
+            if self.device.type == "cpu":
+                _lay_out(self.model)
 
     def forward(self, rows: Sequence[Row]) -> list[Tensor | None]:
         """Compute the rows' tokens; their keys and values are in the buffers afterwards.
