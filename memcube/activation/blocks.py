@@ -1,8 +1,10 @@
 """The device's pool of KV blocks, shared by all requests.
 
-A block holds the KV of a fixed number of tokens at fixed slots behind one fixed prefix: its key says
-which. Its tensor is a copy that is never written again: a request copies it into its own buffer. What stays and what goes is the retention policy's choice; the pool counts the bytes
-and hands on what was evicted. It belongs to one thread, the one that computes.
+A block holds the KV of some tokens at fixed slots behind one fixed prefix: its key says which. Most
+are links of a chain, of the same number of tokens each; a segment of memories is a longer one that
+stands alone. Its tensor is a copy that is never written again: a request copies it into its own
+buffer. What stays and what goes is the retention policy's choice; the pool counts the bytes and
+hands on what was evicted. It belongs to one thread, the one that computes.
 """
 
 from collections import Counter
@@ -12,16 +14,17 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
 import torch
-from memcube.policies.retention import Decision, Item
 from torch import Tensor
+
+from memcube.policies.retention import Decision, Item
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Block:
     """KV of ``num_tokens`` tokens at slots from ``start`` on, keys rotated to them.
 
-    ``cubes`` are those whose text is in the block or before it; ``saves_s`` is about what it takes
-    to compute it again.
+    ``parent`` is the block before it in its chain. ``cubes`` are those whose text is in it or before
+    it; ``saves_s`` is about what it takes to compute it again.
     """
 
     key: str
@@ -31,6 +34,7 @@ class Block:
     group: str
     cubes: frozenset[str]
     saves_s: float
+    parent: str | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -72,7 +76,7 @@ class RetentionPolicy(Protocol):
     def forget(self, key: str) -> None: ...
     def pin(self, key: str) -> None: ...
     def unpin(self, key: str) -> None: ...
-    def hint(self, group: str, probability: float, now: float) -> None: ...
+    def hint(self, group: str, probability: float | None, now: float) -> None: ...
 
 
 class BlockPool:
@@ -112,6 +116,7 @@ class BlockPool:
             group=block.group,
             saves_s=block.saves_s,
             load_s=0.0,
+            parent=block.parent,
         )
         decision = self._policy.admit(item, now)
         for key in decision.victims:
@@ -149,8 +154,8 @@ class BlockPool:
             for block in blocks:
                 self._policy.unpin(block.key)
 
-    def hint(self, group: str, probability: float, now: float) -> None:
-        """How likely a group (a conversation) goes on."""
+    def hint(self, group: str, probability: float | None, now: float) -> None:
+        """How likely a group (a conversation) goes on; None takes an earlier hint back."""
         self._policy.hint(group, probability, now)
 
     def forget(self, cubes: Collection[str], tenant: str | None, reason: str) -> int:
