@@ -41,7 +41,7 @@ from memcube.activation.contract import (
 )
 from memcube.activation.detokenise import TextStream
 from memcube.activation.forward import KvBuffer, PackedModel, Row
-from memcube.activation.keys import KvIdentity, block_keys
+from memcube.activation.keys import KvIdentity, block_keys, tail_key
 from memcube.activation.models import LoadedModel
 from memcube.activation.operations import (
     Choose,
@@ -102,6 +102,8 @@ class Run:
     background: bool
     shares: bool
     """Whether its blocks may come from the pool and go there."""
+    root: str
+    """The parent of its first block."""
     keys: tuple[str, ...]
     """Keys of the prompt's full blocks, if it shares."""
     max_tokens: int
@@ -190,7 +192,9 @@ class Batcher:
             Composing(model, loaded, self._identity) if loaded.supports_compose else None
         )
         self._to_settle: list[Run] = []
-        self._reserved_bytes = 0
+        self._spare: list[KvBuffer] = []
+        """Of runs that ended, those of the last ones last. With those in use within the budget."""
+        self._used_bytes = 0
         self.counters = Counters()
         self.num_forgets = 0
 
@@ -214,6 +218,7 @@ class Batcher:
             request=request,
             background=background,
             shares=shares,
+            root=self._identity.root(request.salt, request.adapter, "block"),
             keys=self.keys(request, request.prompt_ids) if shares else (),
             segment_keys=self.composing.keys(request) if self.composing and composes else (),
             max_tokens=self._max_tokens(request, background=background),
@@ -274,7 +279,7 @@ class Batcher:
         now = self._clock()
         for index, key in enumerate(run.keys):
             if key in fetched and key not in self._pool:
-                self._pool.put(self._block(run.request, run.keys, index, fetched[key]), now)
+                self._pool.put(self._block(run, run.keys, index, fetched[key]), now)
         for index, key in enumerate(run.segment_keys):
             if key in fetched and key not in self._pool:
                 self._pool.put(self._segment(run, index, fetched[key]), now)
@@ -318,7 +323,7 @@ class Batcher:
             prefilled_tokens=counters.prefilled_tokens,
             generated_tokens=counters.generated_tokens,
             attached_tokens=dict(counters.attached_tokens),
-            buffer_bytes=self._reserved_bytes,
+            buffer_bytes=self._used_bytes,
             pool_bytes=sum(by_tenant.values()),
             pool_blocks=len(self._pool),
             bytes_by_tenant=by_tenant,
@@ -429,7 +434,7 @@ class Batcher:
             # What is behind the prefix is a segment, and no chain's.
             return Plan([] if is_here else [Extend(segment.end)], segment.start, [])
         if run.background:
-            return Plan([Extend(num_prompt - num_prompt % self._size)], None, [])
+            return Plan([Extend(num_prompt)], None, [])
         if not run.segment_keys or not run.shares:
             return plan_exact(num_prompt)
         return plan_composed(
@@ -554,25 +559,46 @@ class Batcher:
         while buffer.length % size == 0 and buffer.length < end:
             first = buffer.length // size
             wanted = run.keys[first : -(-end // size)]
-            if not wanted:
-                return True
-            num_loaded = self._load_blocks(run, buffer, wanted, end, now)
-            if num_loaded:
+            if self._load_blocks(run, buffer, wanted, end, now):
                 run.waits_until = None
                 continue
-            builder = self._builders.get(wanted[0])
-            if builder is None or builder is run or (builder.background and not run.background):
-                # From here on this run computes, up to where another one already does.
-                for key in run.keys[first:]:
-                    other = self._builders.setdefault(key, run)
-                    if other is not run and other.background and not run.background:
-                        self._builders[key] = run
-                run.waits_until = None
-                return True
-            if run.waits_until is None:
-                run.waits_until = now + self._limits.build_wait_s
-            return now >= run.waits_until
+            if wanted and self._waits(run, wanted[0], now):
+                return False
+            # From here on this run computes, up to where another one already does.
+            for key in run.keys[first:]:
+                builder = self._builders.setdefault(key, run)
+                if builder.background and not run.background:
+                    self._builders[key] = run
+            self._load_part(run, buffer, end, now)
+            return True
         return True
+
+    def _waits(self, run: Run, key: str, now: float) -> bool:
+        """Whether another run is about to compute this block, and is worth waiting for still."""
+        builder = self._builders.get(key)
+        if builder is None or builder is run or (builder.background and not run.background):
+            run.waits_until = None
+            return False
+        if run.waits_until is None:
+            run.waits_until = now + self._limits.build_wait_s
+        return now < run.waits_until
+
+    def _load_part(self, run: Run, buffer: KvBuffer, end: int, now: float) -> None:
+        """Copy as much of a stored block as begins like what comes next."""
+        start = buffer.length
+        index = start // self._size
+        if not run.shares or (run.plan.exact_end is not None and start >= run.plan.exact_end):
+            return
+        parent = run.keys[index - 1] if index else run.root
+        found = self._pool.continuing(parent, run.tokens[start : min(end, start + self._size)])
+        if found is None:
+            return
+        block, num_tokens = found
+        with self._pool.held([block.key]):
+            buffer.load(block.kv_L2HND[:, :, :, :num_tokens], start)
+        self._pool.hit([block.key], now)
+        run.num_attached += num_tokens
+        self.counters.attached_tokens["exact"] += num_tokens
 
     def _load_blocks(
         self, run: Run, buffer: KvBuffer, wanted: Sequence[str], end: int, now: float
@@ -599,18 +625,45 @@ class Batcher:
         size = self._size
         num_full = buffer.length // size
         keys = run.keys
-        if run.done and run.shares and run.plan.exact_end is None:
+        is_whole = run.done and run.shares and run.plan.exact_end is None
+        if is_whole:
             keys = self.keys(run.request, run.tokens[: buffer.length])
         for index in range(run.num_stored, min(num_full, len(keys))):
             key, start = keys[index], index * size
             held = _cubes_before(run.request, start + size)
             if key not in self._pool and run.forgotten.isdisjoint(held):
                 kv_L2HND = buffer.view()[:, :, :, start : start + size]
-                self._pool.put(self._block(run.request, keys, index, kv_L2HND), now)
+                self._pool.put(self._block(run, keys, index, kv_L2HND), now)
             if self._builders.get(key) is run:
                 del self._builders[key]
             run.num_stored = index + 1
+        if is_whole and buffer.length % size:
+            self._store_tail(run, buffer, keys[-1] if keys else run.root, now)
         self._cut(run, buffer, now)
+
+    def _store_tail(self, run: Run, buffer: KvBuffer, parent: str, now: float) -> None:
+        """Offer the tokens behind the last block, so that the next turn begins where this one ends."""
+        start = buffer.length - buffer.length % self._size
+        token_ids = tuple(run.tokens[start : buffer.length])
+        held = _cubes_before(run.request, buffer.length)
+        found = self._pool.continuing(parent, token_ids)
+        if (found and found[1] == len(token_ids)) or not run.forgotten.isdisjoint(held):
+            return
+        self._pool.put(
+            Block(
+                key=tail_key(parent, token_ids),
+                start=start,
+                kv_L2HND=buffer.view()[:, :, :, start:],
+                tenant=run.request.tenant,
+                group=run.request.group,
+                cubes=held,
+                saves_s=len(token_ids) / self.counters.prefill.per_s,
+                parent=parent,
+                token_ids=token_ids,
+                is_tail=True,
+            ),
+            now,
+        )
 
     def _cut(self, run: Run, buffer: KvBuffer, now: float) -> None:
         """Store the segment behind the prefix by itself, once it is complete."""
@@ -624,18 +677,18 @@ class Batcher:
             self._pool.put(block, now)
         run.to_cut = None
 
-    def _block(
-        self, request: GenerateRequest, keys: Sequence[str], index: int, kv_L2HND: Tensor
-    ) -> Block:
+    def _block(self, run: Run, keys: Sequence[str], index: int, kv_L2HND: Tensor) -> Block:
+        start, end = index * self._size, (index + 1) * self._size
         return Block(
             key=keys[index],
-            start=index * self._size,
+            start=start,
             kv_L2HND=kv_L2HND,
-            tenant=request.tenant,
-            group=request.group,
-            cubes=_cubes_before(request, (index + 1) * self._size),
+            tenant=run.request.tenant,
+            group=run.request.group,
+            cubes=_cubes_before(run.request, end),
             saves_s=self._size / self.counters.prefill.per_s,
-            parent=keys[index - 1] if index else None,
+            parent=keys[index - 1] if index else run.root,
+            token_ids=tuple(run.tokens[start:end]),
         )
 
     def _segment(self, run: Run, index: int, kv_L2HND: Tensor) -> Block:
@@ -838,8 +891,29 @@ class Batcher:
     def _fits(self, run: Run) -> bool:
         return (
             len(self._running) < self._limits.max_running
-            and self._reserved_bytes + self._bytes(run) <= self._limits.buffer_bytes
+            and self._used_bytes + self._bytes(run) <= self._limits.buffer_bytes
         )
+
+    def _take_buffer(self, run: Run) -> KvBuffer:
+        """An empty buffer for a run that fits: one of those that others left, if it is not far too
+        large, as the pages of a new one have to be touched first (3,000 tokens: 100 ms or 28)."""
+        capacity, room = self._capacity(run), self._limits.buffer_bytes - self._used_bytes
+        fitting = [
+            buffer
+            for buffer in self._spare
+            if capacity <= buffer.capacity <= 2 * capacity and buffer.num_bytes <= room
+        ]
+        buffer = min(fitting, key=lambda buffer: buffer.capacity, default=None)
+        if buffer is not None:
+            self._spare.remove(buffer)
+            buffer.truncate(0)
+        else:
+            needed = self._bytes(run)
+            while self._spare and sum(b.num_bytes for b in self._spare) + needed > room:
+                del self._spare[0]
+            buffer = KvBuffer(self._loaded.layout, self._model.device, capacity)
+        self._used_bytes += buffer.num_bytes
+        return buffer
 
     def _put_off_background(self) -> bool:
         """Take the buffer of a run that nobody waits for. Its blocks so far are stored already."""
@@ -865,8 +939,7 @@ class Batcher:
             and not self._is_at_hand(run.segment_keys[0], run.fetched)
         ):
             run.to_cut = 0
-        run.buffer = KvBuffer(self._loaded.layout, self._model.device, self._capacity(run))
-        self._reserved_bytes += self._bytes(run)
+        run.buffer = self._take_buffer(run)
         self._running.append(run)
 
     def _end(self, run: Run, reason: str) -> None:
@@ -890,8 +963,11 @@ class Batcher:
         self._give_up_builds(run)
 
     def _free(self, run: Run) -> None:
+        assert run.buffer is not None
+        self._used_bytes -= run.buffer.num_bytes
+        self._spare.append(run.buffer)
+        del self._spare[: -self._limits.max_running]
         run.buffer = None
-        self._reserved_bytes -= self._bytes(run)
 
     def _give_up_builds(self, run: Run) -> None:
         for key in [key for key, builder in self._builders.items() if builder is run]:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from memcube.activation.batching import Batcher, BatchLimits, Event, Run
 from memcube.activation.below import Below
-from memcube.activation.blocks import BlockPool, Lower, RetentionPolicy
+from memcube.activation.blocks import Block, BlockPool, Lower, RetentionPolicy
 from memcube.activation.contract import GenerateRequest, Mode, Piece, Usage
 from memcube.activation.forward import PackedModel
 from memcube.activation.models import LoadedModel
@@ -73,7 +73,7 @@ class Engine:
         self._below = (
             Below(lower, waiting_bytes=self.limits.down_bytes, clock=clock) if lower else None
         )
-        self._pool = BlockPool(policy, self._below.offer if self._below else lambda block: None)
+        self._pool = BlockPool(policy, self._take_down)
         self._batcher = Batcher(model, loaded, self._pool, self.limits, clock)
         self._streams: dict[Run, _Stream] = {}
         self._wake = threading.Condition()
@@ -197,7 +197,8 @@ class Engine:
             self._wake.notify()
         await asyncio.to_thread(self._thread.join)
         if self._below is not None:
-            await asyncio.to_thread(self._below.close, self._pool.blocks())
+            last = [block for block in self._pool.blocks() if not block.is_tail]
+            await asyncio.to_thread(self._below.close, last)
 
     # -- the front
 
@@ -306,6 +307,11 @@ class Engine:
                     self._wake.wait(wait_s)
             calls, self._calls = self._calls, []
             return calls, self._close_at
+
+    def _take_down(self, block: Block) -> None:
+        # A tail is looked for by its tokens, not by its key: below, nobody would find it.
+        if self._below is not None and not block.is_tail:
+            self._below.offer(block)
 
     def _submit(self, run: Run, stream: _Stream) -> None:
         self._streams[run] = stream

@@ -207,9 +207,9 @@ async def test_a_drained_engine_finishes_what_runs():
 
 async def test_a_built_prompt_is_attached(engine):
     built = await engine.build(request(100))
-    assert built.prefilled == 96
+    assert built.prefilled == 100
     assert engine.num_resident(engine.keys(request(100))) == 96
-    assert (await ask(engine, request(100)))[-1].usage.attached_exact == 96
+    assert (await ask(engine, request(100)))[-1].usage.attached_exact == 99
 
 
 async def test_a_failed_step_reaches_the_reader_and_the_engine_goes_on():
