@@ -18,6 +18,7 @@ from memcube.activation.media import AsyncMedia, MediaHierarchy
 from memcube.activation.medium import HostMedium, Record
 from memcube.activation.packs import ObjectMedium
 from memcube.errors import Unavailable
+from memcube.policies.retention import Retention
 from memcube.testing.kv import LAYOUT, MODEL, Objects, TinyLru, item, payload, same
 
 EXPECTED = {"model": MODEL, "layout": LAYOUT}
@@ -36,8 +37,9 @@ class House:
         objects: int | None = None,
         *,
         sealed: bool = False,
+        policy: type = TinyLru,
     ):
-        self.path, self.objects, self.now = path, None, 0.0
+        self.path, self.objects, self.now, self.policy = path, None, 0.0, policy
         self.sizes = host, disk, objects
         self.ring = Keyring(path / "keyring.json") if sealed else None
         if objects is not None:
@@ -46,14 +48,14 @@ class House:
 
     def open(self) -> "House":
         host, disk, objects = self.sizes
-        media = [(HostMedium(), TinyLru(host * HOST))]
+        media = [(HostMedium(), self.policy(host * HOST))]
         given = {**EXPECTED, "keyring": self.ring}
         if disk is not None:
             self.disk = DiskMedium.open(self.path / "disk", **given, reserve_bytes=0)
-            media.append((self.disk, TinyLru(disk * BELOW)))
+            media.append((self.disk, self.policy(disk * BELOW)))
         if objects is not None:
             self.packs = ObjectMedium(self.objects, writer="node", **given)
-            media.append((self.packs, TinyLru(objects * BELOW)))
+            media.append((self.packs, self.policy(objects * BELOW)))
         self.policies = [policy for _, policy in media]
         self.media = MediaHierarchy(media, now=self.now, keyring=self.ring)
         return self
@@ -156,6 +158,29 @@ def test_a_pinned_payload_stays_until_it_is_unpinned(house):
     h.media.unpin("a")
     h.put("h", "i")
     assert "host" not in h.where("a")[0]
+
+
+def test_the_policy_remembers_what_it_let_go_and_forgets_what_was_deleted(house):
+    h = house(host=1, disk=None, policy=Retention)
+    h.put("a")
+    for _ in range(3):
+        assert h.get("a")
+    h.put("b", "c", "d", "e", "f")
+    while h.get("a"):
+        h.put(*"bcdef")
+    assert h.policies[0]._shadows["a"] == 4
+    h.media.delete(["a"])
+    assert "a" not in h.policies[0]._shadows
+
+
+def test_pins_of_the_real_policy_end_with_the_last_unpin(house):
+    h = house(host=2, disk=None, policy=Retention)
+    h.media.pin("a")
+    h.put("a", "a")
+    h.put(*"bcdef")
+    assert h.get("a")
+    h.media.unpin("a")
+    assert h.policies[0]._entries["a"].pins == 0
 
 
 def test_a_second_put_changes_nothing(house):
@@ -441,14 +466,22 @@ def test_a_delete_during_a_demotion_wins(house, monkeypatch):
     assert not h.disk.path_of("a").exists()
 
 
+def known(policy: TinyLru | Retention) -> set[str]:
+    """What a policy thinks is there; it must be within the capacity."""
+    if isinstance(policy, Retention):
+        assert policy.used_bytes <= policy._high_bytes
+        return set(policy._entries)
+    assert sum(held.num_bytes for held in policy.items.values()) <= policy.capacity_bytes
+    return set(policy.items)
+
+
 def consistent(h: House) -> None:
     """What the hierarchy, its policies and its media say is the same, and within capacity."""
     media = h.media
     for number, level in enumerate(media._levels):
         at = {key for key, entry in media._entries.items() if number in entry.at}
         held = {record.key for record in level.medium.records()}
-        assert at == held == level.resident == set(level.policy.items), level.medium.name
-        assert sum(i.num_bytes for i in level.policy.items.values()) <= level.policy.capacity_bytes
+        assert at == held == level.resident == known(level.policy), level.medium.name
     assert all(entry.at for entry in media._entries.values())
     tenants = {entry.record.item.tenant for entry in media._entries.values()}
     assert set(media._by_tenant) == tenants
@@ -456,8 +489,9 @@ def consistent(h: House) -> None:
     assert set(media._by_member) == members
 
 
-def test_many_threads_leave_it_consistent_and_see_no_wrong_payload(house):
-    h = house(host=3, disk=4, objects=5)
+@pytest.mark.parametrize("policy", [TinyLru, Retention])
+def test_many_threads_leave_it_consistent_and_see_no_wrong_payload(house, policy):
+    h = house(host=3, disk=4, objects=5, policy=policy)
     failures: list[BaseException] = []
 
     def work(number: int) -> None:
@@ -519,11 +553,19 @@ class AnyOrder(RuleBasedStateMachine):
     @initialize(
         sizes=st.tuples(st.integers(0, 3), st.integers(0, 3), st.sampled_from([None, 0, 3])),
         sealed=st.booleans(),
+        policy=st.sampled_from([TinyLru, Retention]),
     )
-    def begin(self, sizes, sealed):
+    def begin(self, sizes, sealed, policy):
         self.folder = tempfile.TemporaryDirectory()
         host, disk, objects = sizes
-        self.h = House(Path(self.folder.name), host=host, disk=disk, objects=objects, sealed=sealed)
+        self.h = House(
+            Path(self.folder.name),
+            host=host,
+            disk=disk,
+            objects=objects,
+            sealed=sealed,
+            policy=policy,
+        )
         self.may_be_there: dict[str, tuple[str, str]] = {}
 
     @rule(key=st.sampled_from(KEYS), tenant=st.sampled_from(TENANTS), member=st.sampled_from("xyz"))
