@@ -16,7 +16,7 @@ from memcube.activation.contract import GenerateRequest
 from memcube.activation.engine import Engine, EngineLimits
 from memcube.activation.forward import PackedModel
 from memcube.activation.models import LoadedModel, load_model
-from memcube.config import ModelConfig
+from memcube.config import Config, ModelConfig
 from memcube.policies.retention import Retention
 
 _ROUNDS = 2
@@ -78,8 +78,9 @@ class _Round:
         return sum(map(len, self.answers))
 
 
-def run(cache_dir: Path = Path(".memcube/models")) -> list[Figure]:
+def run(cache_dir: Path | None = None) -> list[Figure]:
     """The figures. The first time the model is converted into the folder, which takes longer."""
+    cache_dir = cache_dir or Config().model_folder()
     loaded = load_model(ModelConfig(dtype="float32", device="cpu", threads=1), cache_dir)
     return asyncio.run(measure(loaded))
 

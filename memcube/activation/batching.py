@@ -255,6 +255,16 @@ class Batcher:
         """End all runs by this error."""
         return _heard([self._fail(run, error) for run in self._all_runs()])
 
+    def abandon(self, error: MemCubeError) -> list[Event]:
+        """End all runs by this error, whatever state they are in, and let go of what they hold."""
+        self.counters.failed_steps += 1
+        events = self.fail_all(error)
+        self._to_settle.clear()
+        self._builders.clear()
+        self._spare.clear()
+        self._used_bytes = 0
+        return events
+
     def forget(self, cubes: Collection[str], tenant: str | None) -> int:
         """Drop the blocks that hold one of these cubes, and all of a tenant.
 
@@ -397,6 +407,8 @@ class Batcher:
             # The rows' buffers may be half written, so none of them can go on.
             log.exception("a step of %d rows failed", len(work))
             return self._failed([run for run, _ in work], failed)
+        if self._model.device.type == "cuda" and not tokens:
+            torch.cuda.synchronize()  # else it would not be known how long the step took
         now = self._clock()
         self._count(work, now - began)
         for run, num_tokens in work:
@@ -451,16 +463,17 @@ class Batcher:
         buffer = run.buffer
         assert buffer is not None
         kind = Kind.BACKGROUND if run.background else Kind.PROMPT
+        adapter = None if run.request.adapter is None else "@".join(run.request.adapter)
         while run.operations:
             match operation := run.operations[0]:
                 case Decode():
-                    return Need(index, Kind.DECODE, 1)
+                    return Need(index, Kind.DECODE, 1, adapter=adapter)
                 case Extend():
                     if not self._attach(run, buffer, operation, now):
                         return None
                     if left := operation.end - buffer.length:
                         align = self._size - buffer.length % self._size
-                        return Need(index, kind, left, align)
+                        return Need(index, kind, left, align, adapter)
                     run.operations.popleft()
                 case Load():
                     if self._load_segment(run, buffer, operation, now):
@@ -470,7 +483,8 @@ class Batcher:
                 case Choose():
                     run.operations[0] = self._chosen(run, buffer)
                 case Recompute():
-                    return Need(index, kind, len(operation.slots) - operation.done)
+                    left = len(operation.slots) - operation.done
+                    return Need(index, kind, left, adapter=adapter)
         return None
 
     def _row(self, run: Run, num_tokens: int) -> Row:
@@ -939,8 +953,8 @@ class Batcher:
             and not self._is_at_hand(run.segment_keys[0], run.fetched)
         ):
             run.to_cut = 0
-        run.buffer = self._take_buffer(run)
         self._running.append(run)
+        run.buffer = self._take_buffer(run)
 
     def _end(self, run: Run, reason: str) -> None:
         run.done = True

@@ -138,9 +138,12 @@ class BlockPool:
         if not decision.admitted:
             self.evictions[f"refused: {decision.reason}"] += 1
             return False
-        self._blocks[block.key] = replace(
-            block, kv_L2HND=block.kv_L2HND.clone(memory_format=torch.contiguous_format)
-        )
+        try:
+            copy_L2HND = block.kv_L2HND.clone(memory_format=torch.contiguous_format)
+        except RuntimeError:  # no memory
+            self._policy.forget(block.key)
+            raise
+        self._blocks[block.key] = replace(block, kv_L2HND=copy_L2HND)
         self.bytes_by_tenant[block.tenant] += block.num_bytes
         if block.parent is not None:
             followers = self._followers[block.parent, block.token_ids[0]]

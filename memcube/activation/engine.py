@@ -5,6 +5,7 @@ steps, in order; pieces go back to the loop that asked.
 """
 
 import asyncio
+import logging
 import math
 import threading
 import time
@@ -26,6 +27,8 @@ from memcube.activation.forward import PackedModel
 from memcube.activation.models import LoadedModel
 from memcube.activation.stats import EngineStats
 from memcube.errors import BadRequest, MemCubeError, TooBusy, Unavailable
+
+log = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
 
@@ -292,10 +295,17 @@ class Engine:
                     self._send(self._batcher.fail_all(_closed()))
                     self._batcher.settle()
                     return
-                step = self._batcher.step()
-                self._send(step.events)
-                self._batcher.settle()
-                idle = step.is_idle
+                try:
+                    step = self._batcher.step()
+                    self._send(step.events)
+                    self._batcher.settle()
+                except Exception as failed:
+                    # The runs' state is unknown; the stored blocks are whole.
+                    log.exception("the engine ends all its requests")
+                    why = Unavailable(f"the engine failed: {type(failed).__name__}: {failed}")
+                    self._send(self._batcher.abandon(why))
+                else:
+                    idle = step.is_idle
 
     def _next_calls(self, idle: bool) -> tuple[list[Callable[[], None]], float | None]:
         """What was posted; after an idle step wait for something to come, or for the time to."""

@@ -227,6 +227,25 @@ async def test_a_failed_step_reaches_the_reader_and_the_engine_goes_on():
     await engine.close()
 
 
+async def test_a_fault_of_the_engine_itself_reaches_the_readers_and_it_goes_on():
+    class Broken(TinyLru):
+        breaks = True
+
+        def admit(self, item, now):
+            if self.breaks:
+                raise KeyError("lost count")
+            return super().admit(item, now)
+
+    policy = Broken(1 << 30)
+    engine = Engine(MODEL, LOADED, policy=policy, limits=EngineLimits(block_tokens=BLOCK))
+    with pytest.raises(Unavailable, match="lost count"):
+        await ask(engine, request(max_tokens=40))
+    policy.breaks = False
+    assert (await ask(engine, request()))[-1].finish is FinishReason.LENGTH
+    assert (await engine.between_steps(engine.stats)).buffer_bytes == 0
+    await engine.close()
+
+
 # -- below the device
 
 
