@@ -269,8 +269,8 @@ class MediaHierarchy:
                     if key in level.resident:
                         level.policy.unpin(key)
 
-    def hint(self, group: str, probability: float, now: float) -> None:
-        """How likely it is that a group (a conversation, a cube) is used again."""
+    def hint(self, group: str, probability: float | None, now: float) -> None:
+        """How likely it is that a conversation has another turn; None takes a hint back."""
         with self._lock:
             for level in self._levels:
                 level.policy.hint(group, probability, now)

@@ -160,27 +160,32 @@ def test_a_pinned_payload_stays_until_it_is_unpinned(house):
     assert "host" not in h.where("a")[0]
 
 
-def test_the_policy_remembers_what_it_let_go_and_forgets_what_was_deleted(house):
-    h = house(host=1, disk=None, policy=Retention)
-    h.put("a")
-    for _ in range(3):
-        assert h.get("a")
-    h.put("b", "c", "d", "e", "f")
-    while h.get("a"):
-        h.put(*"bcdef")
-    assert h.policies[0]._shadows["a"] == 4
-    h.media.delete(["a"])
-    assert "a" not in h.policies[0]._shadows
+def test_policies_are_told_to_forget_what_was_deleted_and_not_what_they_let_go(house, monkeypatch):
+    """A policy may remember the uses of what it evicted, for the day that it comes back."""
+    h = house(host=1, disk=1)
+    told: list[str] = []
+    for policy in h.policies:
+        monkeypatch.setattr(
+            policy, "forget", lambda key, whole=policy.forget: (told.append(key), whole(key))
+        )
+    h.put(*"abcd")
+    assert told == []
+    h.media.delete(["a", "d"])
+    assert sorted(told) == ["a", "a", "d", "d"]
 
 
-def test_pins_of_the_real_policy_end_with_the_last_unpin(house):
-    h = house(host=2, disk=None, policy=Retention)
+def test_a_pin_is_passed_on_once_and_so_is_its_end(house, monkeypatch):
+    h = house(host=2, disk=None)
+    told: list[str] = []
+    for name in ("pin", "unpin"):
+        monkeypatch.setattr(h.policies[0], name, lambda key, name=name: told.append(name))
     h.media.pin("a")
     h.put("a", "a")
-    h.put(*"bcdef")
-    assert h.get("a")
+    h.media.pin("a")
     h.media.unpin("a")
-    assert h.policies[0]._entries["a"].pins == 0
+    assert told == ["pin"]
+    h.media.unpin("a")
+    assert told == ["pin", "unpin"]
 
 
 def test_a_second_put_changes_nothing(house):
@@ -241,6 +246,8 @@ def test_residency_tells_the_bytes_of_a_cube_by_medium(house):
     assert h.media.residency("x") == {"host": 2 * HOST, "disk": BELOW}
     assert h.media.residency("y") == {"host": HOST}
     assert h.media.residency("none") == {}
+    h.put("d", members=("z",), tenant="other")
+    assert h.media.members() == {"a": {"x", "y"}, "other": {"z"}}
 
 
 @pytest.mark.parametrize("sealed", [False, True])
@@ -469,8 +476,7 @@ def test_a_delete_during_a_demotion_wins(house, monkeypatch):
 def known(policy: TinyLru | Retention) -> set[str]:
     """What a policy thinks is there; it must be within the capacity."""
     if isinstance(policy, Retention):
-        assert policy.used_bytes <= policy._high_bytes
-        return set(policy._entries)
+        return set(policy)
     assert sum(held.num_bytes for held in policy.items.values()) <= policy.capacity_bytes
     return set(policy.items)
 
