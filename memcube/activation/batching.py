@@ -20,15 +20,15 @@ blocks that became complete are stored by ``settle``, so that no one waits for t
 import logging
 from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import NamedTuple, cast
+from dataclasses import replace
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from memcube.activation import blocks
 from memcube.activation.blocks import Block, BlockPool
-from memcube.activation.compose import Place
+from memcube.activation.buffers import Buffers
 from memcube.activation.composing import Composing
 from memcube.activation.contract import (
     FinishReason,
@@ -42,19 +42,20 @@ from memcube.activation.contract import (
 from memcube.activation.detokenise import TextStream
 from memcube.activation.forward import KvBuffer, PackedModel, Row
 from memcube.activation.keys import KvIdentity, block_keys, tail_key
+from memcube.activation.line import WaitingLine
 from memcube.activation.models import LoadedModel
 from memcube.activation.operations import (
     Choose,
     Decode,
     Extend,
     Load,
-    Operation,
     Plan,
     Recompute,
     plan_composed,
     plan_exact,
 )
 from memcube.activation.plan import Kind, Need, plan_step
+from memcube.activation.runs import BatchLimits, Event, Run, Step
 from memcube.activation.sampling import Sampler, choose
 from memcube.activation.stats import Counters, EngineStats, Histogram
 from memcube.activation.stops import StopStrings
@@ -74,88 +75,6 @@ _MEASURED_TOKENS = 16
 """Steps that compute fewer tokens of prompts say little about how long a prompt takes."""
 _MAX_IDLE_WORK = 64
 """Builds of one's own accord that may wait for idle time; beyond, the oldest are dropped."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BatchLimits:
-    """What runs at once. A step's forward holds ``step_tokens`` at most, so that decoding runs
-    don't stall behind a long prompt; ``buffer_bytes`` bounds the runs' own KV."""
-
-    block_tokens: int = 64
-    max_running: int = 8
-    step_tokens: int = 256
-    background_tokens: int = 64
-    buffer_bytes: int = 1 << 30
-    default_max_tokens: int = 256
-    build_wait_s: float = 30.0
-
-    def __post_init__(self) -> None:
-        if self.step_tokens <= self.max_running:
-            raise ValueError("step_tokens must be more than max_running: prompts need some")
-
-
-@dataclass(slots=True, eq=False)
-class Run:
-    """One request on its way. Its buffer holds the KV of all its tokens but the last sampled."""
-
-    request: GenerateRequest
-    background: bool
-    shares: bool
-    """Whether its blocks may come from the pool and go there."""
-    root: str
-    """The parent of its first block."""
-    keys: tuple[str, ...]
-    """Keys of the prompt's full blocks, if it shares."""
-    max_tokens: int
-    submitted_at: float
-    deadline_at: float | None
-    sampler: Sampler
-    text: TextStream
-    stops: StopStrings
-    tokens: list[int]
-    fetched: dict[str, Tensor] = field(default_factory=dict)
-    """Blocks that were brought up from below the device for this run."""
-    segment_keys: tuple[str, ...] = ()
-    """Keys of the request's segments, if it composes."""
-    places: list[Place] = field(default_factory=list)
-    """Where segments were attached."""
-    plan: Plan = field(default_factory=lambda: plan_exact(0))
-    to_cut: int | None = None
-    """A segment that comes to stand, exact, behind its prefix: it is stored apart too."""
-    forgotten: set[str] = field(default_factory=set)
-    """Cubes that were deleted meanwhile: KV that holds them isn't stored."""
-    operations: deque[Operation] = field(default_factory=deque)
-    buffer: KvBuffer | None = None
-    admitted_at: float = 0.0
-    first_at: float = 0.0
-    waits_until: float | None = None
-    loading: bool = False
-    """Whether blocks for it are on their way up; it is not admitted before."""
-    num_sampled: int = 0
-    num_attached: int = 0
-    num_composed: int = 0
-    num_recomputed: int = 0
-    num_prefilled: int = 0
-    num_stored: int = 0
-    """How many blocks, from the first on, need not be offered to the pool any more."""
-    internal: bool = False
-    """Whether it is the batcher's own idea, so that no one hears of it."""
-    unsent: list[int] = field(default_factory=list)
-    done: bool = False
-
-
-class Event(NamedTuple):
-    """What a run gave. After an error or a piece with ``finish`` nothing more comes from it."""
-
-    run: Run
-    what: Piece | MemCubeError
-
-
-class Step(NamedTuple):
-    """What one step gave. ``is_idle``: nothing was done, as all runs wait, or there are none."""
-
-    events: list[Event]
-    is_idle: bool
 
 
 class Batcher:
@@ -182,8 +101,7 @@ class Batcher:
         )
         embeddings = cast(torch.nn.Embedding, loaded.model.get_input_embeddings())
         self._vocabulary = embeddings.num_embeddings
-        self._waiting: dict[str, deque[Run]] = {}  # by tenant, whose turn it is first
-        self._num_waiting = 0
+        self._line = WaitingLine()
         self._idle_work: deque[Run] = deque()
         self._running: list[Run] = []  # the oldest first
         self._builders: dict[str, Run] = {}
@@ -192,9 +110,12 @@ class Batcher:
             Composing(model, loaded, self._identity) if loaded.supports_compose else None
         )
         self._to_settle: list[Run] = []
-        self._spare: list[KvBuffer] = []
-        """Of runs that ended, those of the last ones last. With those in use within the budget."""
-        self._used_bytes = 0
+        self._buffers = Buffers(
+            loaded.layout,
+            model.device,
+            budget_bytes=limits.buffer_bytes,
+            max_spare=limits.max_running,
+        )
         self.counters = Counters()
         self.num_forgets = 0
 
@@ -237,8 +158,7 @@ class Batcher:
         if run.background:
             self._idle_work.append(run)
         else:
-            self._waiting.setdefault(run.request.tenant, deque()).append(run)
-            self._num_waiting += 1
+            self._line.add(run)
 
     def loaded(self, run: Run, fetched: Mapping[str, Tensor]) -> None:
         """Hand a run that is ``loading`` the blocks that came up for it."""
@@ -261,8 +181,7 @@ class Batcher:
         events = self.fail_all(error)
         self._to_settle.clear()
         self._builders.clear()
-        self._spare.clear()
-        self._used_bytes = 0
+        self._buffers.clear()
         return events
 
     def forget(self, cubes: Collection[str], tenant: str | None) -> int:
@@ -323,7 +242,7 @@ class Batcher:
         by_tenant = dict(self._pool.bytes_by_tenant)
         return EngineStats(
             running=sum(not run.background for run in running),
-            waiting=self._num_waiting,
+            waiting=len(self._line),
             background=len(self._idle_work) + sum(run.background for run in running),
             tokens_per_s=counters.generated.at(self._clock()),
             prefill_tokens_per_s=counters.prefill.per_s,
@@ -333,7 +252,7 @@ class Batcher:
             prefilled_tokens=counters.prefilled_tokens,
             generated_tokens=counters.generated_tokens,
             attached_tokens=dict(counters.attached_tokens),
-            buffer_bytes=self._used_bytes,
+            buffer_bytes=self._buffers.used_bytes,
             pool_bytes=sum(by_tenant.values()),
             pool_blocks=len(self._pool),
             bytes_by_tenant=by_tenant,
@@ -345,7 +264,7 @@ class Batcher:
 
     @property
     def has_runs(self) -> bool:
-        return bool(self._running or self._waiting or self._idle_work)
+        return bool(self._running or self._line or self._idle_work)
 
     def wake_at(self) -> float | None:
         """When a step can give something though nothing happened since an idle one."""
@@ -873,61 +792,24 @@ class Batcher:
         return events
 
     def _admit(self, now: float) -> None:
-        while (run := self._next_in_line()) is not None:
+        while (run := self._line.next()) is not None:
             if not self._fits(run):
                 # Nobody overtakes: else a long prompt would wait as long as short ones come.
                 if not self._put_off_background():
                     break
                 continue
-            self._leave_line(run)
-            if line := self._waiting.pop(run.request.tenant, None):
-                self._waiting[run.request.tenant] = line  # behind the other tenants
+            self._line.take(run)
             self._start(run, now)
             self.counters.queue.observe(now - run.submitted_at)
-        if not self._running and not self._waiting:
+        if not self._running and not self._line:
             ready = (run for run in self._idle_work if not run.loading)
             if (run := next(ready, None)) is not None:
                 self._idle_work.remove(run)
                 self._start(run, now)
 
-    def _next_in_line(self) -> Run | None:
-        """The first run of the tenant whose turn it is, those left out that load yet."""
-        ready = (run for line in self._waiting.values() for run in line if not run.loading)
-        return next(ready, None)
-
-    def _leave_line(self, run: Run) -> None:
-        line = self._waiting[run.request.tenant]
-        line.remove(run)
-        if not line:
-            del self._waiting[run.request.tenant]
-        self._num_waiting -= 1
-
     def _fits(self, run: Run) -> bool:
-        return (
-            len(self._running) < self._limits.max_running
-            and self._used_bytes + self._bytes(run) <= self._limits.buffer_bytes
-        )
-
-    def _take_buffer(self, run: Run) -> KvBuffer:
-        """An empty buffer for a run that fits: one of those that others left, if it is not far too
-        large, as the pages of a new one have to be touched first (3,000 tokens: 100 ms or 28)."""
-        capacity, room = self._capacity(run), self._limits.buffer_bytes - self._used_bytes
-        fitting = [
-            buffer
-            for buffer in self._spare
-            if capacity <= buffer.capacity <= 2 * capacity and buffer.num_bytes <= room
-        ]
-        buffer = min(fitting, key=lambda buffer: buffer.capacity, default=None)
-        if buffer is not None:
-            self._spare.remove(buffer)
-            buffer.truncate(0)
-        else:
-            needed = self._bytes(run)
-            while self._spare and sum(b.num_bytes for b in self._spare) + needed > room:
-                del self._spare[0]
-            buffer = KvBuffer(self._loaded.layout, self._model.device, capacity)
-        self._used_bytes += buffer.num_bytes
-        return buffer
+        fits = self._buffers.fit(_capacity(run))
+        return fits and len(self._running) < self._limits.max_running
 
     def _put_off_background(self) -> bool:
         """Take the buffer of a run that nobody waits for. Its blocks so far are stored already."""
@@ -954,7 +836,7 @@ class Batcher:
         ):
             run.to_cut = 0
         self._running.append(run)
-        run.buffer = self._take_buffer(run)
+        run.buffer = self._buffers.take(_capacity(run))
 
     def _end(self, run: Run, reason: str) -> None:
         run.done = True
@@ -968,7 +850,7 @@ class Batcher:
         elif run in self._idle_work:
             self._idle_work.remove(run)
         else:
-            self._leave_line(run)
+            self._line.remove(run)
 
     def _stop_sharing(self, run: Run) -> None:
         run.shares = False
@@ -978,9 +860,7 @@ class Batcher:
 
     def _free(self, run: Run) -> None:
         assert run.buffer is not None
-        self._used_bytes -= run.buffer.num_bytes
-        self._spare.append(run.buffer)
-        del self._spare[: -self._limits.max_running]
+        self._buffers.give_back(run.buffer)
         run.buffer = None
 
     def _give_up_builds(self, run: Run) -> None:
@@ -988,8 +868,7 @@ class Batcher:
             del self._builders[key]
 
     def _all_runs(self) -> list[Run]:
-        waiting = [run for line in self._waiting.values() for run in line]
-        return [*self._running, *waiting, *self._idle_work]
+        return [*self._running, *self._line, *self._idle_work]
 
     # -- keys and sizes
 
@@ -1022,12 +901,10 @@ class Batcher:
             return 0
         return request.max_tokens or min(self._limits.default_max_tokens, most - num_prompt)
 
-    def _capacity(self, run: Run) -> int:
-        # The last sampled token is never computed.
-        return len(run.request.prompt_ids) + max(run.max_tokens - 1, 0)
 
-    def _bytes(self, run: Run) -> int:
-        return self._capacity(run) * self._loaded.layout.bytes_per_token
+def _capacity(run: Run) -> int:
+    # The last sampled token is never computed.
+    return len(run.request.prompt_ids) + max(run.max_tokens - 1, 0)
 
 
 def _heard(events: Sequence[Event]) -> list[Event]:

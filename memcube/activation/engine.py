@@ -19,12 +19,13 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from memcube.activation.batching import Batcher, BatchLimits, Event, Run
+from memcube.activation.batching import Batcher
 from memcube.activation.below import Below
 from memcube.activation.blocks import Block, BlockPool, Lower, RetentionPolicy
 from memcube.activation.contract import GenerateRequest, Mode, Piece, Usage
 from memcube.activation.forward import PackedModel
 from memcube.activation.models import LoadedModel
+from memcube.activation.runs import BatchLimits, Event, Run
 from memcube.activation.stats import EngineStats
 from memcube.errors import BadRequest, MemCubeError, TooBusy, Unavailable
 

@@ -4,7 +4,7 @@ import random
 import pytest
 import torch
 
-from memcube.activation.batching import Batcher, BatchLimits
+from memcube.activation.batching import Batcher
 from memcube.activation.blocks import BlockPool
 from memcube.activation.contract import (
     AdapterRef,
@@ -15,6 +15,7 @@ from memcube.activation.contract import (
     Sampling,
 )
 from memcube.activation.forward import KvBuffer, PackedModel, Row
+from memcube.activation.runs import BatchLimits
 from memcube.errors import (
     BadRequest,
     DeadlineExceeded,
@@ -274,7 +275,7 @@ def test_buffers_are_used_again_within_their_budget():
     large = house.submit(prompt(950, seed=3), max_tokens=1)
     house.step()
     assert large.buffer.num_bytes == 950 * TOKEN_BYTES
-    assert sum(b.num_bytes for b in house.batcher._spare) <= 50 * TOKEN_BYTES
+    assert house.batcher._buffers.spare_bytes <= 50 * TOKEN_BYTES
     house.finish()
     assert house.answer(large).tokens == alone(prompt(950, seed=3), max_tokens=1).tokens
 
