@@ -276,7 +276,7 @@ class _Span:
     wanted: Sequence[int]
     slots: "slice | Tensor"
     num_keys: int
-    masks: dict[tuple[int, int | None], Tensor] = field(default_factory=dict)
+    masks: dict[tuple[int, int | None, int], Tensor] = field(default_factory=dict)
 
     @property
     def num_tokens(self) -> int:
@@ -291,7 +291,7 @@ class _Span:
     ) -> Tensor:
         """0 at the slots that a token sees, -inf at others, from a first slot on; repeated for the
         query heads of a key head. Additive, as a boolean one is made so anew in each layer."""
-        found = self.masks.get((groups, window))
+        found = self.masks.get((groups, window, first_slot))
         if found is None:
             device = self.row.buffer.device
             query_T1 = torch.tensor(self.positions, device=device)[:, None]
@@ -301,7 +301,7 @@ class _Span:
                 hidden_TN |= slot_1N <= query_T1 - window
             found = torch.zeros(hidden_TN.shape, dtype=dtype, device=device)
             found = found.masked_fill_(hidden_TN, -torch.inf).repeat(groups, 1)
-            self.masks[groups, window] = found
+            self.masks[groups, window, first_slot] = found
         return found
 
 
