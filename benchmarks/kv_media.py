@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.results import ROOT, Figure, write_results
+from benchmarks.results import ROOT, Figure
 from memcube.activation.disk import DiskMedium
 from memcube.activation.forward import KvBuffer, PackedModel, Row
 from memcube.activation.layout import KvLayout
@@ -434,4 +434,5 @@ def damaged_files() -> list[Figure]:
 
 
 if __name__ == "__main__":
-    write_results("kv_media", "python -m benchmarks.kv_media", run())
+    for figure in run():
+        print(f"{figure.name:75} {figure.value:10.4g} {figure.unit:4} {figure.beside or ''}")

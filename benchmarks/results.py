@@ -50,7 +50,7 @@ def write_results(name: str, command: str, figures: list[Figure], **details: Any
         "name": name,
         "command": command,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": _commit(),
+        "commit": commit(),
         "machine": machine(),
         "versions": {"python": platform.python_version()}
         | {package: importlib.metadata.version(package) for package in _PACKAGES},
@@ -81,7 +81,8 @@ def machine() -> dict[str, Any]:
     return {"cpu": model, "cores": os.cpu_count(), "memory_gib": round(memory / 2**30, 1)}
 
 
-def _commit() -> str:
+def commit() -> str:
+    """What of this project is checked out, in short."""
     found = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
     )

@@ -9,6 +9,10 @@ stored, and attaches it; or whether another run is about to compute it, and wait
 else it computes the block itself, and stores it. So a prefix that two requests share is computed
 once even if they come together, and what was attached is what would have been computed.
 
+Where the request and the model allow it, segments that were built apart are composed, so that they
+serve in any order. What they lack goes on in idle time: segments that were not stored are built, and
+after a composed answer the exact chain is, where the next turn is likely to repay it.
+
 Synchronous, without I/O, and for one thread: ``engine`` hosts it. Events come out of ``step``; the
 blocks that became complete are stored by ``settle``, so that no one waits for the copying.
 """
@@ -16,19 +20,42 @@ blocks that became complete are stored by ``settle``, so that no one waits for t
 import logging
 from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import NamedTuple, cast
+from dataclasses import replace
+from typing import cast
 
 import torch
 from torch import Tensor
 
-from memcube.activation.blocks import Block, BlockPool, Place
-from memcube.activation.contract import FinishReason, GenerateRequest, Mode, Piece, Usage
+from memcube.activation import blocks
+from memcube.activation.blocks import Block, BlockPool
+from memcube.activation.buffers import Buffers
+from memcube.activation.composing import Composing
+from memcube.activation.contract import (
+    FinishReason,
+    GenerateRequest,
+    Member,
+    Mode,
+    Piece,
+    SegmentRef,
+    Usage,
+)
 from memcube.activation.detokenise import TextStream
 from memcube.activation.forward import KvBuffer, PackedModel, Row
-from memcube.activation.keys import KvIdentity, block_keys
+from memcube.activation.keys import KvIdentity, block_keys, tail_key
+from memcube.activation.line import WaitingLine
 from memcube.activation.models import LoadedModel
+from memcube.activation.operations import (
+    Choose,
+    Decode,
+    Extend,
+    Load,
+    Plan,
+    Recompute,
+    plan_composed,
+    plan_exact,
+)
 from memcube.activation.plan import Kind, Need, plan_step
+from memcube.activation.runs import BatchLimits, Event, Run, Step
 from memcube.activation.sampling import Sampler, choose
 from memcube.activation.stats import Counters, EngineStats, Histogram
 from memcube.activation.stops import StopStrings
@@ -40,95 +67,14 @@ from memcube.errors import (
     Unavailable,
     UnknownBackend,
 )
+from memcube.policies.turns import Turns, exact_chain_pays
 
 log = logging.getLogger(__name__)
 
 _MEASURED_TOKENS = 16
 """Steps that compute fewer tokens of prompts say little about how long a prompt takes."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BatchLimits:
-    """What runs at once. A step's forward holds ``step_tokens`` at most, so that decoding runs
-    don't stall behind a long prompt; ``buffer_bytes`` bounds the runs' own KV."""
-
-    block_tokens: int = 64
-    max_running: int = 8
-    step_tokens: int = 256
-    background_tokens: int = 64
-    buffer_bytes: int = 1 << 30
-    default_max_tokens: int = 256
-    build_wait_s: float = 30.0
-
-    def __post_init__(self) -> None:
-        if self.step_tokens <= self.max_running:
-            raise ValueError("step_tokens must be more than max_running: prompts need some")
-
-
-@dataclass(slots=True)
-class Extend:
-    """Fill the slots up to ``end``: attach what is stored, prefill the rest."""
-
-    end: int
-
-
-@dataclass(slots=True)
-class Decode:
-    """Sample until the answer ends."""
-
-
-Operation = Extend | Decode
-
-
-@dataclass(slots=True, eq=False)
-class Run:
-    """One request on its way. Its buffer holds the KV of all its tokens but the last sampled."""
-
-    request: GenerateRequest
-    background: bool
-    shares: bool
-    """Whether its blocks may come from the pool and go there."""
-    keys: tuple[str, ...]
-    """Keys of the prompt's full blocks, if it shares."""
-    max_tokens: int
-    submitted_at: float
-    deadline_at: float | None
-    sampler: Sampler
-    text: TextStream
-    stops: StopStrings
-    tokens: list[int]
-    fetched: dict[str, Tensor] = field(default_factory=dict)
-    """Blocks that were brought up from below the device for this run."""
-    forgotten: set[str] = field(default_factory=set)
-    """Cubes that were deleted meanwhile: KV that holds them isn't stored."""
-    operations: deque[Operation] = field(default_factory=deque)
-    buffer: KvBuffer | None = None
-    admitted_at: float = 0.0
-    first_at: float = 0.0
-    waits_until: float | None = None
-    loading: bool = False
-    """Whether blocks for it are on their way up; it is not admitted before."""
-    num_sampled: int = 0
-    num_attached: int = 0
-    num_prefilled: int = 0
-    num_stored: int = 0
-    """How many blocks, from the first on, need not be offered to the pool any more."""
-    unsent: list[int] = field(default_factory=list)
-    done: bool = False
-
-
-class Event(NamedTuple):
-    """What a run gave. After an error or a piece with ``finish`` nothing more comes from it."""
-
-    run: Run
-    what: Piece | MemCubeError
-
-
-class Step(NamedTuple):
-    """What one step gave, and how many rows it computed. None: all runs wait, or there are none."""
-
-    events: list[Event]
-    num_rows: int
+_MAX_IDLE_WORK = 64
+"""Builds of one's own accord that may wait for idle time; beyond, the oldest are dropped."""
 
 
 class Batcher:
@@ -146,6 +92,7 @@ class Batcher:
         self._loaded = loaded
         self._pool = pool
         self._limits = limits
+        self._size = limits.block_tokens
         self._clock = clock
         self._identity = KvIdentity(
             model=loaded.fingerprint,
@@ -154,13 +101,21 @@ class Batcher:
         )
         embeddings = cast(torch.nn.Embedding, loaded.model.get_input_embeddings())
         self._vocabulary = embeddings.num_embeddings
-        self._waiting: dict[str, deque[Run]] = {}  # by tenant, whose turn it is first
-        self._num_waiting = 0
+        self._line = WaitingLine()
         self._idle_work: deque[Run] = deque()
         self._running: list[Run] = []  # the oldest first
         self._builders: dict[str, Run] = {}
+        self._turns = Turns()
+        self.composing = (
+            Composing(model, loaded, self._identity) if loaded.supports_compose else None
+        )
         self._to_settle: list[Run] = []
-        self._reserved_bytes = 0
+        self._buffers = Buffers(
+            loaded.layout,
+            model.device,
+            budget_bytes=limits.buffer_bytes,
+            max_spare=limits.max_running,
+        )
         self.counters = Counters()
         self.num_forgets = 0
 
@@ -178,12 +133,16 @@ class Batcher:
         if not 0 <= min(request.prompt_ids) <= max(request.prompt_ids) < self._vocabulary:
             raise BadRequest(f"holds an id that is none of {self._vocabulary:,}", "prompt_ids")
         now = self._clock()
+        shares = request.mode is not Mode.OFF
+        composes = self.composing is not None and self.composing.applies(request)
         return Run(
             request=request,
             background=background,
-            shares=request.mode is not Mode.OFF,
-            keys=() if request.mode is Mode.OFF else self.keys(request, request.prompt_ids),
-            max_tokens=0 if background else self._max_tokens(request),
+            shares=shares,
+            root=self._identity.root(request.salt, request.adapter, "block"),
+            keys=self.keys(request, request.prompt_ids) if shares else (),
+            segment_keys=self.composing.keys(request) if self.composing and composes else (),
+            max_tokens=self._max_tokens(request, background=background),
             submitted_at=now,
             deadline_at=None if request.deadline_s is None else now + request.deadline_s,
             sampler=Sampler(request.sampling),
@@ -194,11 +153,12 @@ class Batcher:
 
     def submit(self, run: Run) -> None:
         """Put a run in line: behind its tenant's others, or for when there is nothing else."""
+        if run.request.group and not run.background:
+            self._turns.add(run.request.group)
         if run.background:
             self._idle_work.append(run)
         else:
-            self._waiting.setdefault(run.request.tenant, deque()).append(run)
-            self._num_waiting += 1
+            self._line.add(run)
 
     def loaded(self, run: Run, fetched: Mapping[str, Tensor]) -> None:
         """Hand a run that is ``loading`` the blocks that came up for it."""
@@ -213,7 +173,16 @@ class Batcher:
 
     def fail_all(self, error: MemCubeError) -> list[Event]:
         """End all runs by this error."""
-        return [self._fail(run, error) for run in self._all_runs()]
+        return _heard([self._fail(run, error) for run in self._all_runs()])
+
+    def abandon(self, error: MemCubeError) -> list[Event]:
+        """End all runs by this error, whatever state they are in, and let go of what they hold."""
+        self.counters.failed_steps += 1
+        events = self.fail_all(error)
+        self._to_settle.clear()
+        self._builders.clear()
+        self._buffers.clear()
+        return events
 
     def forget(self, cubes: Collection[str], tenant: str | None) -> int:
         """Drop the blocks that hold one of these cubes, and all of a tenant.
@@ -228,15 +197,8 @@ class Batcher:
                 self._stop_sharing(run)
         return self._pool.forget(cubes, tenant, "forgotten")
 
-    def install(
-        self,
-        request: GenerateRequest,
-        keys: Sequence[str],
-        fetched: Mapping[str, Tensor],
-        *,
-        num_forgets: int,
-    ) -> None:
-        """Put blocks that came up ahead of a request into the pool.
+    def install(self, run: Run, fetched: Mapping[str, Tensor], *, num_forgets: int) -> None:
+        """Put blocks that came up ahead of a request into the pool. The run is not submitted.
 
         Nothing is done where something was forgotten since ``num_forgets`` was read: it might be
         among them.
@@ -244,14 +206,34 @@ class Batcher:
         if num_forgets != self.num_forgets:
             return
         now = self._clock()
-        for index, key in enumerate(keys):
+        for index, key in enumerate(run.keys):
             if key in fetched and key not in self._pool:
-                self._pool.put(self._block(request, key, index, fetched[key]), now)
+                self._pool.put(self._block(run, run.keys, index, fetched[key]), now)
+        for index, key in enumerate(run.segment_keys):
+            if key in fetched and key not in self._pool:
+                self._pool.put(self._segment(run, index, fetched[key]), now)
 
-    def places(self, keys: Sequence[str]) -> list[Place]:
-        """The blocks of a chain that are not on the device. Any thread may call it."""
-        size = self._limits.block_tokens
-        return [Place(key, i * size) for i, key in enumerate(keys) if key not in self._pool]
+    def misses(self, run: Run) -> bool:
+        """Whether something that it could attach is not on the device. Any thread may call it."""
+        return bool(self.missing_blocks(run) or self.missing_segments(run, {}))
+
+    def missing_blocks(self, run: Run) -> list[blocks.Place]:
+        """The blocks of its chain that are not on the device. Any thread may call it."""
+        return [
+            blocks.Place(key, index * self._size)
+            for index, key in enumerate(run.keys)
+            if key not in self._pool
+        ]
+
+    def missing_segments(self, run: Run, fetched: Mapping[str, Tensor]) -> list[blocks.Place]:
+        """The segments that are not on the device, and not reached by its chain with the blocks
+        fetched. Any thread may call it."""
+        num_exact = self._num_exact(run, fetched)
+        return [
+            blocks.Place(key, run.request.segments[0].start)
+            for key, segment in zip(run.segment_keys, run.request.segments, strict=False)
+            if key not in self._pool and segment.end - num_exact >= self._size
+        ]
 
     def stats(self) -> EngineStats:
         """This moment. Any thread may call it: each dict is copied in one go."""
@@ -260,7 +242,7 @@ class Batcher:
         by_tenant = dict(self._pool.bytes_by_tenant)
         return EngineStats(
             running=sum(not run.background for run in running),
-            waiting=self._num_waiting,
+            waiting=len(self._line),
             background=len(self._idle_work) + sum(run.background for run in running),
             tokens_per_s=counters.generated.at(self._clock()),
             prefill_tokens_per_s=counters.prefill.per_s,
@@ -270,7 +252,7 @@ class Batcher:
             prefilled_tokens=counters.prefilled_tokens,
             generated_tokens=counters.generated_tokens,
             attached_tokens=dict(counters.attached_tokens),
-            buffer_bytes=self._reserved_bytes,
+            buffer_bytes=self._buffers.used_bytes,
             pool_bytes=sum(by_tenant.values()),
             pool_blocks=len(self._pool),
             bytes_by_tenant=by_tenant,
@@ -282,10 +264,10 @@ class Batcher:
 
     @property
     def has_runs(self) -> bool:
-        return bool(self._running or self._waiting or self._idle_work)
+        return bool(self._running or self._line or self._idle_work)
 
     def wake_at(self) -> float | None:
-        """When a step can give something though nothing happened since one without rows."""
+        """When a step can give something though nothing happened since an idle one."""
         times = [run.deadline_at for run in self._all_runs() if run.deadline_at is not None]
         times += [run.waits_until for run in self._running if run.waits_until is not None]
         return min(times, default=None)
@@ -298,22 +280,26 @@ class Batcher:
         now = self._clock()
         events = self._expire(now)
         self._admit(now)
-        needs = [
-            need
-            for index, run in enumerate(list(self._running))
-            if (need := self._need(index, run, now)) is not None
-        ]
+        needs = []
+        for index, run in enumerate(running := list(self._running)):
+            try:
+                need = self._need(index, run, now)
+            except Exception as failed:
+                log.exception("a run could not go on")
+                events += self._failed([run], failed)
+            else:
+                needs += [need] if need is not None else []
         shares = plan_step(
             needs,
             budget_tokens=self._limits.step_tokens,
             background_tokens=self._limits.background_tokens,
-            block_tokens=self._limits.block_tokens,
+            block_tokens=self._size,
         )
-        work = [(self._running[share.run], share.tokens) for share in shares]
+        work = [(running[share.run], share.tokens) for share in shares]
         if work:
             events += self._compute(work, now)
         events += [self._built(run) for run in list(self._running) if not run.operations]
-        return Step(events, len(work))
+        return Step(_heard(events), not work and not events)
 
     def settle(self) -> None:
         """Store the blocks that the last step completed, and free what ended runs held."""
@@ -327,8 +313,8 @@ class Batcher:
                 self._free(run)
 
     def _compute(self, work: Sequence[tuple[Run, int]], began: float) -> list[Event]:
-        rows = [self._row(run, num_tokens) for run, num_tokens in work]
         try:
+            rows = [self._row(run, num_tokens) for run, num_tokens in work]
             logits = self._model.forward(rows)
             sampled = [
                 (run, last_TV[-1])
@@ -338,10 +324,10 @@ class Batcher:
             tokens = self._choose(sampled)
         except Exception as failed:
             # The rows' buffers may be half written, so none of them can go on.
-            log.exception("a step of %d rows failed", len(rows))
-            self.counters.failed_steps += 1
-            why = Unavailable(f"the model failed: {type(failed).__name__}: {failed}")
-            return [self._fail(run, why) for run, _ in work]
+            log.exception("a step of %d rows failed", len(work))
+            return self._failed([run for run, _ in work], failed)
+        if self._model.device.type == "cuda" and not tokens:
+            torch.cuda.synchronize()  # else it would not be known how long the step took
         now = self._clock()
         self._count(work, now - began)
         for run, num_tokens in work:
@@ -370,87 +356,193 @@ class Batcher:
 
     # -- operations
 
-    def _operations(self, run: Run) -> deque[Operation]:
-        num_prompt = len(run.request.prompt_ids)
-        if run.background:  # it wants blocks, and no answer
-            return deque([Extend(num_prompt - num_prompt % self._limits.block_tokens)])
-        return deque([Extend(num_prompt), Decode()])
+    def _plan(self, run: Run) -> Plan:
+        request = run.request
+        num_prompt = len(request.prompt_ids)
+        if run.background and run.to_cut is not None:
+            segment = request.segments[run.to_cut]
+            is_here = self._is_at_hand(run.segment_keys[run.to_cut], run.fetched)
+            # What is behind the prefix is a segment, and no chain's.
+            return Plan([] if is_here else [Extend(segment.end)], segment.start, [])
+        if run.background:
+            return Plan([Extend(num_prompt)], None, [])
+        if not run.segment_keys or not run.shares:
+            return plan_exact(num_prompt)
+        return plan_composed(
+            num_prompt,
+            request.segments,
+            [self._is_at_hand(key, run.fetched) for key in run.segment_keys],
+            num_exact=self._num_exact(run, run.fetched),
+            block_tokens=self._size,
+            recompute=request.mode is Mode.BLEND,
+        )
 
     def _need(self, index: int, run: Run, now: float) -> Need | None:
         """What the run can compute next. None: it waits for another's block, or has all it wants."""
-        assert run.buffer is not None
+        buffer = run.buffer
+        assert buffer is not None
         kind = Kind.BACKGROUND if run.background else Kind.PROMPT
+        adapter = None if run.request.adapter is None else "@".join(run.request.adapter)
         while run.operations:
-            operation = run.operations[0]
-            if isinstance(operation, Decode):
-                return Need(index, Kind.DECODE, 1)
-            if not self._attach(run, run.buffer, operation, now):
-                return None
-            if left := operation.end - run.buffer.length:
-                align = -run.buffer.length % self._limits.block_tokens
-                return Need(index, kind, left, align or self._limits.block_tokens)
-            run.operations.popleft()
+            match operation := run.operations[0]:
+                case Decode():
+                    return Need(index, Kind.DECODE, 1, adapter=adapter)
+                case Extend():
+                    if not self._attach(run, buffer, operation, now):
+                        return None
+                    if left := operation.end - buffer.length:
+                        align = self._size - buffer.length % self._size
+                        return Need(index, kind, left, align, adapter)
+                    run.operations.popleft()
+                case Load():
+                    if self._load_segment(run, buffer, operation, now):
+                        run.operations.popleft()
+                    else:
+                        run.operations[0] = Extend(operation.segment.end)
+                case Choose():
+                    run.operations[0] = self._chosen(run, buffer)
+                case Recompute():
+                    left = len(operation.slots) - operation.done
+                    return Need(index, kind, left, adapter=adapter)
         return None
 
     def _row(self, run: Run, num_tokens: int) -> Row:
         assert run.buffer is not None
         start = run.buffer.length
-        operation = run.operations[0]
-        ends = isinstance(operation, Decode) or (
-            start + num_tokens == operation.end and len(run.operations) > 1
-        )
-        return Row(
-            buffer=run.buffer,
-            token_ids=run.tokens[start : start + num_tokens],
-            positions=None,
-            logits="last" if ends else "none",
-        )
+        match operation := run.operations[0]:
+            case Recompute():
+                slots = operation.next(num_tokens)
+                ends = operation.done + num_tokens == len(operation.slots)
+                return Row(
+                    run.buffer,
+                    [run.tokens[slot] for slot in slots],
+                    slots,
+                    "last" if ends else "none",
+                )
+            case Extend():
+                ends = start + num_tokens == len(run.request.prompt_ids) and not run.background
+            case _:
+                ends = True
+        ids = run.tokens[start : start + num_tokens]
+        return Row(run.buffer, ids, None, "last" if ends else "none")
 
     def _advance(self, run: Run, num_tokens: int) -> None:
         assert run.buffer is not None
         self._to_settle.append(run)
-        operation = run.operations[0]
-        if isinstance(operation, Extend):
-            run.num_prefilled += num_tokens
-            if run.buffer.length == operation.end:
-                run.operations.popleft()
+        match operation := run.operations[0]:
+            case Extend():
+                run.num_prefilled += num_tokens
+                if run.buffer.length == operation.end:
+                    run.operations.popleft()
+            case Recompute():
+                num_new = sum(s >= operation.first_new for s in operation.next(num_tokens))
+                run.num_prefilled += num_new
+                run.num_recomputed += num_tokens - num_new
+                operation.done += num_tokens
+                if operation.done == len(operation.slots):
+                    run.operations.popleft()
+            case _:
+                pass
+
+    def _load_segment(self, run: Run, buffer: KvBuffer, load: Load, now: float) -> bool:
+        """Attach a stored segment. False: it is here no more."""
+        assert self.composing is not None
+        key = run.segment_keys[load.index]
+        fetched = run.fetched.pop(key, None)
+        if fetched is not None:
+            self._pool.put(self._segment(run, load.index, fetched), now)
+        with self._pool.held([key]) as found:
+            if found:
+                block = found[0]
+                self._pool.hit([key], now)
+            elif fetched is not None:
+                block = self._segment(run, load.index, fetched)
+            else:
+                return False
+            place = self.composing.attach(buffer, block, load.segment)
+        run.places.append(place)
+        num_tokens = place.end - place.start
+        if place.exact:
+            run.num_attached += num_tokens
+        else:
+            run.num_composed += num_tokens
+        self.counters.attached_tokens["exact" if place.exact else "composed"] += num_tokens
+        return True
+
+    def _chosen(self, run: Run, buffer: KvBuffer) -> Recompute:
+        assert self.composing is not None
+        chosen = self.composing.choose(buffer, run.request, run.places)
+        end = buffer.length
+        return Recompute([*chosen, *range(end, len(run.request.prompt_ids))], first_new=end)
+
+    def _num_exact(self, run: Run, fetched: Mapping[str, Tensor]) -> int:
+        """How many tokens of the prompt can be attached exactly, from the beginning on."""
+        missing = (i for i, key in enumerate(run.keys) if not self._is_at_hand(key, fetched))
+        return next(missing, len(run.keys)) * self._size
+
+    def _is_at_hand(self, key: str, fetched: Mapping[str, Tensor]) -> bool:
+        return key in self._pool or key in fetched
 
     def _attach(self, run: Run, buffer: KvBuffer, operation: Extend, now: float) -> bool:
         """Load the stored blocks that come next. False: the next one is about to be computed."""
-        size = self._limits.block_tokens
-        # The last token of a prompt is computed in any case, as its logits are wanted.
-        end = operation.end if run.background else operation.end - 1
+        size = self._size
+        end = operation.end
+        if end == len(run.request.prompt_ids) and not run.background:
+            end -= 1  # the last token is computed in any case, as its logits are wanted
         while buffer.length % size == 0 and buffer.length < end:
             first = buffer.length // size
             wanted = run.keys[first : -(-end // size)]
-            if not wanted:
-                return True
-            num_loaded = self._load(run, buffer, wanted, end, now)
-            if num_loaded:
+            if self._load_blocks(run, buffer, wanted, end, now):
                 run.waits_until = None
                 continue
-            builder = self._builders.get(wanted[0])
-            if builder is None or builder is run or (builder.background and not run.background):
-                # From here on this run computes, up to where another one already does.
-                for key in run.keys[first:]:
-                    other = self._builders.setdefault(key, run)
-                    if other is not run and other.background and not run.background:
-                        self._builders[key] = run
-                run.waits_until = None
-                return True
-            if run.waits_until is None:
-                run.waits_until = now + self._limits.build_wait_s
-            return now >= run.waits_until
+            if wanted and self._waits(run, wanted[0], now):
+                return False
+            # From here on this run computes, up to where another one already does.
+            for key in run.keys[first:]:
+                builder = self._builders.setdefault(key, run)
+                if builder.background and not run.background:
+                    self._builders[key] = run
+            self._load_part(run, buffer, end, now)
+            return True
         return True
 
-    def _load(self, run: Run, buffer: KvBuffer, wanted: Sequence[str], end: int, now: float) -> int:
+    def _waits(self, run: Run, key: str, now: float) -> bool:
+        """Whether another run is about to compute this block, and is worth waiting for still."""
+        builder = self._builders.get(key)
+        if builder is None or builder is run or (builder.background and not run.background):
+            run.waits_until = None
+            return False
+        if run.waits_until is None:
+            run.waits_until = now + self._limits.build_wait_s
+        return now < run.waits_until
+
+    def _load_part(self, run: Run, buffer: KvBuffer, end: int, now: float) -> None:
+        """Copy as much of a stored block as begins like what comes next."""
+        start = buffer.length
+        index = start // self._size
+        if not run.shares or (run.plan.exact_end is not None and start >= run.plan.exact_end):
+            return
+        parent = run.keys[index - 1] if index else run.root
+        found = self._pool.continuing(parent, run.tokens[start : min(end, start + self._size)])
+        if found is None:
+            return
+        block, num_tokens = found
+        with self._pool.held([block.key]):
+            buffer.load(block.kv_L2HND[:, :, :, :num_tokens], start)
+        self._pool.hit([block.key], now)
+        run.num_attached += num_tokens
+        self.counters.attached_tokens["exact"] += num_tokens
+
+    def _load_blocks(
+        self, run: Run, buffer: KvBuffer, wanted: Sequence[str], end: int, now: float
+    ) -> int:
         """Copy the leading ones of these blocks that are at hand into the next slots."""
         start = buffer.length
-        with self._pool.held(wanted) as blocks:
-            for block in blocks:
+        with self._pool.held(wanted) as found:
+            for block in found:
                 buffer.load(block.kv_L2HND[:, :, :, : end - buffer.length], buffer.length)
-        self._pool.hit([block.key for block in blocks], now)
-        num_loaded = len(blocks)
+        self._pool.hit([block.key for block in found], now)
+        num_loaded = len(found)
         for key in wanted[num_loaded:]:
             kv_L2HND = run.fetched.pop(key, None)
             if kv_L2HND is None:
@@ -462,32 +554,163 @@ class Batcher:
         return num_loaded
 
     def _store(self, run: Run, buffer: KvBuffer, now: float) -> None:
-        """Offer the run's complete blocks to the pool."""
-        size = self._limits.block_tokens
+        """Offer the run's complete blocks to the pool, as far as they are exact."""
+        size = self._size
         num_full = buffer.length // size
         keys = run.keys
-        if run.done and run.shares and num_full > len(keys):
+        is_whole = run.done and run.shares and run.plan.exact_end is None
+        if is_whole:
             keys = self.keys(run.request, run.tokens[: buffer.length])
         for index in range(run.num_stored, min(num_full, len(keys))):
             key, start = keys[index], index * size
             held = _cubes_before(run.request, start + size)
             if key not in self._pool and run.forgotten.isdisjoint(held):
                 kv_L2HND = buffer.view()[:, :, :, start : start + size]
-                self._pool.put(self._block(run.request, key, index, kv_L2HND), now)
+                self._pool.put(self._block(run, keys, index, kv_L2HND), now)
             if self._builders.get(key) is run:
                 del self._builders[key]
             run.num_stored = index + 1
+        if is_whole and buffer.length % size:
+            self._store_tail(run, buffer, keys[-1] if keys else run.root, now)
+        self._cut(run, buffer, now)
 
-    def _block(self, request: GenerateRequest, key: str, index: int, kv_L2HND: Tensor) -> Block:
-        size = self._limits.block_tokens
+    def _store_tail(self, run: Run, buffer: KvBuffer, parent: str, now: float) -> None:
+        """Offer the tokens behind the last block, so that the next turn begins where this one ends."""
+        start = buffer.length - buffer.length % self._size
+        token_ids = tuple(run.tokens[start : buffer.length])
+        held = _cubes_before(run.request, buffer.length)
+        found = self._pool.continuing(parent, token_ids)
+        if (found and found[1] == len(token_ids)) or not run.forgotten.isdisjoint(held):
+            return
+        self._pool.put(
+            Block(
+                key=tail_key(parent, token_ids),
+                start=start,
+                kv_L2HND=buffer.view()[:, :, :, start:],
+                tenant=run.request.tenant,
+                group=run.request.group,
+                cubes=held,
+                saves_s=len(token_ids) / self.counters.prefill.per_s,
+                parent=parent,
+                token_ids=token_ids,
+                is_tail=True,
+            ),
+            now,
+        )
+
+    def _cut(self, run: Run, buffer: KvBuffer, now: float) -> None:
+        """Store the segment behind the prefix by itself, once it is complete."""
+        if run.to_cut is None or not run.shares:
+            return
+        segment = run.request.segments[run.to_cut]
+        if buffer.length < segment.end:
+            return
+        block = self._segment(run, run.to_cut, buffer.view()[:, :, :, segment.start : segment.end])
+        if run.forgotten.isdisjoint(block.cubes):
+            self._pool.put(block, now)
+        run.to_cut = None
+
+    def _block(self, run: Run, keys: Sequence[str], index: int, kv_L2HND: Tensor) -> Block:
+        start, end = index * self._size, (index + 1) * self._size
         return Block(
-            key=key,
-            start=index * size,
+            key=keys[index],
+            start=start,
+            kv_L2HND=kv_L2HND,
+            tenant=run.request.tenant,
+            group=run.request.group,
+            cubes=_cubes_before(run.request, end),
+            saves_s=self._size / self.counters.prefill.per_s,
+            parent=keys[index - 1] if index else run.root,
+            token_ids=tuple(run.tokens[start:end]),
+        )
+
+    def _segment(self, run: Run, index: int, kv_L2HND: Tensor) -> Block:
+        """A segment as it stands behind the prefix, where it was built."""
+        request, segment = run.request, run.request.segments[index]
+        prefix = _cubes_before(request, request.segments[0].start)
+        own = {m.cube for m in request.members if segment.start <= m.start < segment.end}
+        return Block(
+            key=run.segment_keys[index],
+            start=request.segments[0].start,
             kv_L2HND=kv_L2HND,
             tenant=request.tenant,
-            group=request.group,
-            cubes=_cubes_before(request, (index + 1) * size),
-            saves_s=size / self.counters.prefill.per_s,
+            group="",  # it serves any conversation
+            cubes=prefix | own,
+            saves_s=(segment.end - segment.start) / self.counters.prefill.per_s,
+        )
+
+    # -- what is built in idle time
+
+    def segment_run(self, run: Run, index: int) -> Run:
+        """A background run that builds one of a run's segments behind the prefix."""
+        request = run.request
+        segment, start = request.segments[index], request.segments[0].start
+        shift = segment.start - start
+        end = segment.end - shift
+        prefix = [member for member in request.members if member.start < start]
+        own = [
+            Member(member.cube, member.start - shift)
+            for member in request.members
+            if segment.start <= member.start < segment.end
+        ]
+        ids = (*request.prompt_ids[:start], *request.prompt_ids[segment.start : segment.end])
+        # A segment ends before its prompt does: the token behind it is not computed.
+        built = self.prepare(
+            replace(
+                request,
+                prompt_ids=(*ids, ids[-1]),
+                segments=(SegmentRef(start, end),),
+                members=(*prefix, *own),
+                deadline_s=None,
+                group="",
+            ),
+            background=True,
+        )
+        built.to_cut = 0
+        return built
+
+    def cold_segments(self, run: Run) -> list[int]:
+        """The segments of a run that composes which are nowhere on the device or on their way."""
+        due = {key for other in self._all_runs() if other.background for key in other.segment_keys}
+        return [
+            index
+            for index, key in enumerate(run.segment_keys)
+            if key not in self._pool and key not in due
+        ]
+
+    def _build_later(self, run: Run) -> None:
+        """After an answer: what the next ones would have found useful."""
+        if not run.segment_keys or not run.shares or run.forgotten:
+            return
+        cold = {*run.plan.cold}
+        builds = [self.segment_run(run, i) for i in self.cold_segments(run) if i in cold]
+        if run.plan.exact_end is not None and self._chain_pays(run):
+            request = replace(
+                run.request,
+                prompt_ids=tuple(run.tokens),
+                mode=Mode.EXACT,
+                segments=(),
+                deadline_s=None,
+            )
+            builds.append(self.prepare(request, background=True))
+        for build in builds:
+            build.internal = True
+            self._idle_work.append(build)
+        own = [build for build in self._idle_work if build.internal]
+        for build in own[: max(0, len(own) - _MAX_IDLE_WORK)]:
+            self._idle_work.remove(build)
+
+    def _chain_pays(self, run: Run) -> bool:
+        """Whether the next turn is likely to repay the exact chain of this one.
+
+        It would attach all of this turn, where a composed one computes what was chosen again, and
+        all behind the memories.
+        """
+        behind = len(run.tokens) - run.request.segments[-1].end
+        return exact_chain_pays(
+            build_tokens=len(run.tokens) - self._num_exact(run, {}),
+            saved_tokens=run.num_recomputed + behind,
+            probability=self._turns.probability(run.request.group),
         )
 
     # -- what comes of a token
@@ -496,7 +719,7 @@ class Batcher:
         request = run.request
         if not run.num_sampled:
             run.first_at = now
-            kind = "exact" if run.num_attached else "none"
+            kind = "composed" if run.num_composed else "exact" if run.num_attached else "none"
             self.counters.ttft.setdefault(kind, Histogram()).observe(now - run.submitted_at)
         run.num_sampled += 1
         run.tokens.append(token)
@@ -527,13 +750,15 @@ class Batcher:
             prompt_tokens=len(run.request.prompt_ids),
             completion_tokens=run.num_sampled,
             attached_exact=run.num_attached,
-            attached_composed=0,
-            recomputed=0,
+            attached_composed=run.num_composed,
+            recomputed=run.num_recomputed,
             prefilled=run.num_prefilled,
             queue_s=run.admitted_at - run.submitted_at,
             ttft_s=(run.first_at if run.num_sampled else now) - run.submitted_at,
+            composed=tuple(SegmentRef(p.start, p.end) for p in run.places if not p.exact),
         )
         self._end(run, reason.value)
+        self._build_later(run)
         return Event(run, Piece(text=text, token_ids=self._unsent(run), finish=reason, usage=usage))
 
     def _built(self, run: Run) -> Event:
@@ -541,6 +766,11 @@ class Batcher:
         now = self._clock()
         self._store(run, run.buffer, now)  # it says that they are stored
         return self._finish(run, FinishReason.LENGTH, "", now)
+
+    def _failed(self, runs: Sequence[Run], failed: Exception) -> list[Event]:
+        self.counters.failed_steps += 1
+        why = Unavailable(f"the model failed: {type(failed).__name__}: {failed}")
+        return [self._fail(run, why) for run in runs]
 
     def _fail(self, run: Run, error: MemCubeError) -> Event:
         self._stop_sharing(run)
@@ -562,40 +792,24 @@ class Batcher:
         return events
 
     def _admit(self, now: float) -> None:
-        while (run := self._next_in_line()) is not None:
+        while (run := self._line.next()) is not None:
             if not self._fits(run):
                 # Nobody overtakes: else a long prompt would wait as long as short ones come.
                 if not self._put_off_background():
                     break
                 continue
-            self._leave_line(run)
-            if line := self._waiting.pop(run.request.tenant, None):
-                self._waiting[run.request.tenant] = line  # behind the other tenants
+            self._line.take(run)
             self._start(run, now)
             self.counters.queue.observe(now - run.submitted_at)
-        if not self._running and not self._waiting:
+        if not self._running and not self._line:
             ready = (run for run in self._idle_work if not run.loading)
             if (run := next(ready, None)) is not None:
                 self._idle_work.remove(run)
                 self._start(run, now)
 
-    def _next_in_line(self) -> Run | None:
-        """The first run of the tenant whose turn it is, those left out that load yet."""
-        ready = (run for line in self._waiting.values() for run in line if not run.loading)
-        return next(ready, None)
-
-    def _leave_line(self, run: Run) -> None:
-        line = self._waiting[run.request.tenant]
-        line.remove(run)
-        if not line:
-            del self._waiting[run.request.tenant]
-        self._num_waiting -= 1
-
     def _fits(self, run: Run) -> bool:
-        return (
-            len(self._running) < self._limits.max_running
-            and self._reserved_bytes + self._bytes(run) <= self._limits.buffer_bytes
-        )
+        fits = self._buffers.fit(_capacity(run))
+        return fits and len(self._running) < self._limits.max_running
 
     def _put_off_background(self) -> bool:
         """Take the buffer of a run that nobody waits for. Its blocks so far are stored already."""
@@ -611,10 +825,18 @@ class Batcher:
 
     def _start(self, run: Run, now: float) -> None:
         run.admitted_at = now
-        run.operations = self._operations(run)
-        run.buffer = KvBuffer(self._loaded.layout, self._model.device, self._capacity(run))
-        self._reserved_bytes += self._bytes(run)
+        run.plan = self._plan(run)
+        run.operations = deque(run.plan.operations)
+        if run.plan.exact_end is not None:
+            run.keys = run.keys[: run.plan.exact_end // self._size]
+        if (
+            run.segment_keys
+            and not run.background
+            and not self._is_at_hand(run.segment_keys[0], run.fetched)
+        ):
+            run.to_cut = 0
         self._running.append(run)
+        run.buffer = self._buffers.take(_capacity(run))
 
     def _end(self, run: Run, reason: str) -> None:
         run.done = True
@@ -628,7 +850,7 @@ class Batcher:
         elif run in self._idle_work:
             self._idle_work.remove(run)
         else:
-            self._leave_line(run)
+            self._line.remove(run)
 
     def _stop_sharing(self, run: Run) -> None:
         run.shares = False
@@ -637,16 +859,16 @@ class Batcher:
         self._give_up_builds(run)
 
     def _free(self, run: Run) -> None:
+        assert run.buffer is not None
+        self._buffers.give_back(run.buffer)
         run.buffer = None
-        self._reserved_bytes -= self._bytes(run)
 
     def _give_up_builds(self, run: Run) -> None:
         for key in [key for key, builder in self._builders.items() if builder is run]:
             del self._builders[key]
 
     def _all_runs(self) -> list[Run]:
-        waiting = [run for line in self._waiting.values() for run in line]
-        return [*self._running, *waiting, *self._idle_work]
+        return [*self._running, *self._line, *self._idle_work]
 
     # -- keys and sizes
 
@@ -657,11 +879,11 @@ class Batcher:
             salt=request.salt,
             adapter=request.adapter,
             token_ids=token_ids,
-            block_tokens=self._limits.block_tokens,
+            block_tokens=self._size,
         )
 
-    def _max_tokens(self, request: GenerateRequest) -> int:
-        """How many tokens may be sampled.
+    def _max_tokens(self, request: GenerateRequest, *, background: bool) -> int:
+        """How many tokens may be sampled; none in the background.
 
         Raises:
             LimitExceeded: the prompt, or it with what is asked for, is more than the model's window
@@ -672,17 +894,21 @@ class Batcher:
         budget = self._limits.buffer_bytes // self._loaded.layout.bytes_per_token
         what = "tokens of the model's window" if window <= budget else "tokens of KV memory"
         most = min(window, budget)
-        asked = request.max_tokens or 1
+        asked = 0 if background else request.max_tokens or 1
         if num_prompt + asked > most:
             raise LimitExceeded(f"prompt and answer, in {what}", most, num_prompt + asked)
+        if background:
+            return 0
         return request.max_tokens or min(self._limits.default_max_tokens, most - num_prompt)
 
-    def _capacity(self, run: Run) -> int:
-        # The last sampled token is never computed.
-        return len(run.request.prompt_ids) + max(run.max_tokens - 1, 0)
 
-    def _bytes(self, run: Run) -> int:
-        return self._capacity(run) * self._loaded.layout.bytes_per_token
+def _capacity(run: Run) -> int:
+    # The last sampled token is never computed.
+    return len(run.request.prompt_ids) + max(run.max_tokens - 1, 0)
+
+
+def _heard(events: Sequence[Event]) -> list[Event]:
+    return [event for event in events if not event.run.internal]
 
 
 def _cubes_before(request: GenerateRequest, end: int) -> frozenset[str]:

@@ -40,13 +40,15 @@ class Below:
         self._thread = threading.Thread(target=self._serve, name="below", daemon=True)
         self._thread.start()
 
-    async def fetch(self, places: Sequence[Place], wait_s: float) -> dict[str, Tensor]:
-        """The leading ones of these blocks that come within the time, by key."""
-        if not places or self._is_stuck(wait_s):
+    async def fetch(
+        self, places: Sequence[Place], wait_s: float, *, is_chain: bool
+    ) -> dict[str, Tensor]:
+        """Those of the blocks that come within the time, by key; of a chain the leading ones."""
+        if not places or wait_s <= 0 or self._is_stuck(wait_s):
             return {}
         until = self._clock() + wait_s
         found: dict[str, Tensor] = {}
-        done = self._ask(lambda: self._fetch(places, until, found))
+        done = self._ask(lambda: self._fetch(places, until, found, is_chain))
         # On a time-out the thread may be within a call still; what came before it is good.
         await asyncio.wait([asyncio.wrap_future(done)], timeout=wait_s)
         return dict(found)
@@ -96,7 +98,9 @@ class Below:
         since = self._busy_since
         return since is not None and self._clock() - since > wait_s
 
-    def _fetch(self, places: Sequence[Place], until: float, found: dict[str, Tensor]) -> None:
+    def _fetch(
+        self, places: Sequence[Place], until: float, found: dict[str, Tensor], is_chain: bool
+    ) -> None:
         for start in range(0, len(places), _AT_ONCE):
             if self._clock() >= until:
                 return
@@ -110,9 +114,10 @@ class Below:
                 self.num_failed += 1
                 return
             for place in wanted:
-                if place.key not in got:
-                    return  # a chain is of no use behind a gap
-                found[place.key] = got[place.key]
+                if place.key in got:
+                    found[place.key] = got[place.key]
+                elif is_chain:
+                    return  # it is of no use behind a gap
 
     def _forget(self, cubes: Collection[str], tenant: str | None) -> None:
         with self._wake:

@@ -23,7 +23,7 @@ class Mode(StrEnum):
     BLEND = "blend"
     """Segments built apart, a chosen part of their tokens recomputed."""
     FAST = "fast"
-    """Segments built apart, only their first tokens recomputed."""
+    """Segments built apart, as they are."""
     OFF = "off"
     """None is used and none is stored."""
 
@@ -123,6 +123,7 @@ class Usage:
     """What one answer took. The prompt's tokens are those attached and those prefilled.
 
     ``recomputed`` tokens were attached with a composed segment and then computed again.
+    ``composed`` are the segments that were attached in another place than they were built at.
     """
 
     prompt_tokens: int
@@ -133,6 +134,7 @@ class Usage:
     prefilled: int
     queue_s: float
     ttft_s: float
+    composed: tuple[SegmentRef, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,6 +5,7 @@ steps, in order; pieces go back to the loop that asked.
 """
 
 import asyncio
+import logging
 import math
 import threading
 import time
@@ -16,15 +17,19 @@ from dataclasses import dataclass, field
 from typing import NamedTuple, TypeVar
 
 import torch
+from torch import Tensor
 
-from memcube.activation.batching import Batcher, BatchLimits, Event, Run
+from memcube.activation.batching import Batcher
 from memcube.activation.below import Below
-from memcube.activation.blocks import BlockPool, Lower, RetentionPolicy
-from memcube.activation.contract import GenerateRequest, Piece, Usage
+from memcube.activation.blocks import Block, BlockPool, Lower, RetentionPolicy
+from memcube.activation.contract import GenerateRequest, Mode, Piece, Usage
 from memcube.activation.forward import PackedModel
 from memcube.activation.models import LoadedModel
+from memcube.activation.runs import BatchLimits, Event, Run
 from memcube.activation.stats import EngineStats
-from memcube.errors import MemCubeError, TooBusy, Unavailable
+from memcube.errors import BadRequest, MemCubeError, TooBusy, Unavailable
+
+log = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
 
@@ -72,7 +77,7 @@ class Engine:
         self._below = (
             Below(lower, waiting_bytes=self.limits.down_bytes, clock=clock) if lower else None
         )
-        self._pool = BlockPool(policy, self._below.offer if self._below else lambda block: None)
+        self._pool = BlockPool(policy, self._take_down)
         self._batcher = Batcher(model, loaded, self._pool, self.limits, clock)
         self._streams: dict[Run, _Stream] = {}
         self._wake = threading.Condition()
@@ -93,7 +98,8 @@ class Engine:
         return self._run(self._batcher.prepare(request))
 
     async def build(self, request: GenerateRequest) -> Usage:
-        """Compute and store the blocks of a prompt when nothing else is to be done.
+        """Compute and store the blocks of a prompt when nothing else is to be done; or, in a mode
+        that composes, those segments of it that aren't stored.
 
         Where the caller gives up, what was computed so far is stored.
 
@@ -101,23 +107,33 @@ class Engine:
             BadRequest: it could never run.
             Unavailable: too much is to be built already, the engine was closed or the model failed.
         """
-        async with aclosing(self._run(self._batcher.prepare(request, background=True))) as pieces:
-            async for piece in pieces:
-                if piece.usage is not None:
-                    return piece.usage
-        raise AssertionError("a run ends with its usage or an error")
+        run = self._batcher.prepare(request, background=True)
+        if not run.segment_keys:
+            return await self._built(run)
+        cold = await self._ask(lambda: self._batcher.cold_segments(run))
+        found = [await self._built(self._batcher.segment_run(run, index)) for index in cold]
+        return Usage(
+            prompt_tokens=sum(usage.prompt_tokens for usage in found),
+            completion_tokens=0,
+            attached_exact=sum(usage.attached_exact for usage in found),
+            attached_composed=0,
+            recomputed=0,
+            prefilled=sum(usage.prefilled for usage in found),
+            queue_s=sum(usage.queue_s for usage in found),
+            ttft_s=sum(usage.ttft_s for usage in found),
+        )
 
     async def prefetch(self, request: GenerateRequest, wait_s: float) -> int:
         """Bring the stored blocks of a prompt up to the device; how many tokens lie there then."""
-        keys = self.keys(request)
+        run = self._batcher.prepare(request, background=True)
         if self._below is not None:
             num_forgets = self._batcher.num_forgets
-            fetched = await self._below.fetch(self._batcher.places(keys), wait_s)
+            fetched = await self._fetch(self._below, run, wait_s)
             if fetched:
                 await self._ask(
-                    lambda: self._batcher.install(request, keys, fetched, num_forgets=num_forgets)
+                    lambda: self._batcher.install(run, fetched, num_forgets=num_forgets)
                 )
-        return self.num_resident(keys)
+        return self.num_resident(run.keys)
 
     async def forget(self, cubes: Collection[str] = (), tenant: str | None = None) -> int:
         """Make all KV unservable that holds one of these cubes, and all of a tenant; here and below.
@@ -131,9 +147,26 @@ class Engine:
             await self._below.forget(cubes, tenant)
         return num_blocks
 
-    async def hint(self, group: str, probability: float) -> None:
-        """Say how likely a group (a conversation) goes on."""
+    async def hint(self, group: str, probability: float | None) -> None:
+        """Say how likely a group (a conversation) goes on; None takes it back."""
         await self._ask(lambda: self._pool.hint(group, probability, self._clock()))
+
+    def allow_composing(self, modes: Collection[Mode]) -> None:
+        """Compose in these modes from now on: those that the model's fidelity gate passed. In other
+        modes requests are served exactly.
+
+        Raises:
+            BadRequest: the model can't be composed.
+        """
+        composing = self._batcher.composing
+        if composing is not None:
+            composing.modes = frozenset(modes)
+        elif modes:
+            raise BadRequest(f"{self.loaded.name} can't be composed: {self.loaded.why_not}", "mode")
+
+    async def between_steps(self, call: Callable[[], _T]) -> _T:
+        """What a call on the compute thread gives, which has the model to itself meanwhile."""
+        return await self._ask(call)
 
     def keys(self, request: GenerateRequest) -> tuple[str, ...]:
         """The keys of a prompt's full blocks."""
@@ -143,6 +176,12 @@ class Engine:
         """How many leading tokens of a chain of blocks lie on the device."""
         num_blocks = next((i for i, key in enumerate(keys) if key not in self._pool), len(keys))
         return num_blocks * self.limits.block_tokens
+
+    async def resident_bytes(self, cube: str) -> int:
+        """The bytes on the device whose KV holds a cube."""
+        return await self._ask(
+            lambda: sum(b.num_bytes for b in self._pool.blocks() if cube in b.cubes)
+        )
 
     def stats(self) -> EngineStats:
         """This moment, from any thread."""
@@ -162,19 +201,19 @@ class Engine:
             self._wake.notify()
         await asyncio.to_thread(self._thread.join)
         if self._below is not None:
-            await asyncio.to_thread(self._below.close, self._pool.blocks())
+            last = [block for block in self._pool.blocks() if not block.is_tail]
+            await asyncio.to_thread(self._below.close, last)
 
     # -- the front
 
     async def _run(self, run: Run) -> AsyncGenerator[Piece]:
         stream = _Stream(asyncio.get_running_loop())
-        places = self._batcher.places(run.keys) if self._below is not None else []
-        run.loading = bool(places)
+        run.loading = self._below is not None and self._batcher.misses(run)
         self._enter(run, stream)
         ended = False
         try:
-            if self._below is not None and places:
-                fetched = await self._below.fetch(places, self.limits.load_wait_s)
+            if run.loading and self._below is not None:
+                fetched = await self._fetch(self._below, run, self.limits.load_wait_s)
                 self._post(lambda: self._batcher.loaded(run, fetched))
             while not ended:
                 item = await stream.items.get()
@@ -187,6 +226,21 @@ class Engine:
                 self._num_open[run.background] -= 1
             if not ended:
                 self._post(lambda: self._cancel(run))
+
+    async def _built(self, run: Run) -> Usage:
+        async with aclosing(self._run(run)) as pieces:
+            async for piece in pieces:
+                if piece.usage is not None:
+                    return piece.usage
+        raise AssertionError("a run ends with its usage or an error")
+
+    async def _fetch(self, below: Below, run: Run, wait_s: float) -> dict[str, Tensor]:
+        """What of a run's blocks and segments comes up in time."""
+        until = self._clock() + wait_s
+        found = await below.fetch(self._batcher.missing_blocks(run), wait_s, is_chain=True)
+        segments = self._batcher.missing_segments(run, found)
+        left_s = max(0.0, until - self._clock())
+        return found | await below.fetch(segments, left_s, is_chain=False)
 
     def _enter(self, run: Run, stream: _Stream) -> None:
         with self._wake:
@@ -242,10 +296,17 @@ class Engine:
                     self._send(self._batcher.fail_all(_closed()))
                     self._batcher.settle()
                     return
-                step = self._batcher.step()
-                self._send(step.events)
-                self._batcher.settle()
-                idle = not step.num_rows and not step.events
+                try:
+                    step = self._batcher.step()
+                    self._send(step.events)
+                    self._batcher.settle()
+                except Exception as failed:
+                    # The runs' state is unknown; the stored blocks are whole.
+                    log.exception("the engine ends all its requests")
+                    why = Unavailable(f"the engine failed: {type(failed).__name__}: {failed}")
+                    self._send(self._batcher.abandon(why))
+                else:
+                    idle = step.is_idle
 
     def _next_calls(self, idle: bool) -> tuple[list[Callable[[], None]], float | None]:
         """What was posted; after an idle step wait for something to come, or for the time to."""
@@ -257,6 +318,11 @@ class Engine:
                     self._wake.wait(wait_s)
             calls, self._calls = self._calls, []
             return calls, self._close_at
+
+    def _take_down(self, block: Block) -> None:
+        # A tail is looked for by its tokens, not by its key: below, nobody would find it.
+        if self._below is not None and not block.is_tail:
+            self._below.offer(block)
 
     def _submit(self, run: Run, stream: _Stream) -> None:
         self._streams[run] = stream

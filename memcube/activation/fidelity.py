@@ -10,7 +10,7 @@ A mode is served only where its figures pass. ``benchmarks.kv_ladder`` measures 
 """
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -339,16 +339,29 @@ def trials(
     num_cases: int,
     seed: int,
     segment_tokens: int = 256,
-) -> Iterable[Trial]:
+) -> Iterator[Trial]:
     """Trials one by one, each made ready as it is asked for."""
-    for case in make_cases(
+    for case in cases(loaded, num_cases=num_cases, seed=seed, segment_tokens=segment_tokens):
+        yield Trial(loaded, model, case)
+
+
+def cases(
+    loaded: LoadedModel,
+    *,
+    num_cases: int,
+    seed: int,
+    segment_tokens: int = 256,
+    num_segments: tuple[int, ...] = (2, 3, 4),
+) -> list[Case]:
+    """Cases in a model's tokens and by its chat template."""
+    return make_cases(
         _chat(loaded),
         _tokenize(loaded),
         num_cases=num_cases,
         seed=seed,
         segment_tokens=segment_tokens,
-    ):
-        yield Trial(loaded, model, case)
+        num_segments=num_segments,
+    )
 
 
 def _chat(loaded: LoadedModel) -> Callable[[str, str], str]:

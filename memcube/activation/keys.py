@@ -52,6 +52,11 @@ def block_keys(
     return tuple(keys)
 
 
+def tail_key(parent: str, token_ids: Sequence[int]) -> str:
+    """The key of the last tokens of a chain, too few for a block."""
+    return digest("tail", parent, _bytes(token_ids))
+
+
 def segment_key(
     identity: KvIdentity,
     *,

@@ -189,6 +189,14 @@ class MediaHierarchy:
                     found[self._levels[number].medium.name] += size
         return dict(found)
 
+    def members(self) -> dict[str, set[str]]:
+        """The cubes that payloads here hold, by tenant."""
+        with self._lock:
+            found: dict[str, set[str]] = {}
+            for entry in self._entries.values():
+                found.setdefault(entry.record.item.tenant, set()).update(entry.record.members)
+            return found
+
     def delete(self, keys: Collection[str]) -> None:
         """Remove payloads from every medium. They are not served from the beginning of the call on.
 
@@ -200,6 +208,9 @@ class MediaHierarchy:
             wanted = {*keys} | self._undeleted
             self._undeleted |= wanted
             for key in wanted:
+                for level in self._levels:
+                    level.policy.forget(key)
+                    level.resident.discard(key)
                 self._remove(key)
         for key in wanted:
             # Who is writing it is done when we have its lock, and who comes later finds it gone.
@@ -258,8 +269,8 @@ class MediaHierarchy:
                     if key in level.resident:
                         level.policy.unpin(key)
 
-    def hint(self, group: str, probability: float, now: float) -> None:
-        """How likely it is that a group (a conversation, a cube) is used again."""
+    def hint(self, group: str, probability: float | None, now: float) -> None:
+        """How likely it is that a conversation has another turn; None takes a hint back."""
         with self._lock:
             for level in self._levels:
                 level.policy.hint(group, probability, now)
@@ -344,9 +355,9 @@ class MediaHierarchy:
         decision = level.policy.admit(asked, now)
         level.resident.difference_update(decision.victims)
         if decision.admitted:
-            level.resident.add(item.key)
-            if item.key in self._pins:
+            if item.key in self._pins and item.key not in level.resident:
                 level.policy.pin(item.key)
+            level.resident.add(item.key)
         else:
             level.events[f"refused: {decision.reason}"] += 1
         return decision.admitted, decision.victims, decision.reason
@@ -481,10 +492,7 @@ class MediaHierarchy:
             self._by_member[member].add(entry.record.key)
 
     def _remove(self, key: str) -> None:
-        """Under the lock: know nothing of a payload."""
-        for level in self._levels:
-            level.policy.forget(key)
-            level.resident.discard(key)
+        """Under the lock. The policies keep what they know of its past."""
         if (entry := self._entries.pop(key, None)) is None:
             return
         _discard(self._by_tenant, entry.record.item.tenant, key)

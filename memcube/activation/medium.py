@@ -33,6 +33,7 @@ class Record:
             "group": item.group,
             "saves_s": item.saves_s,
             "num_bytes": item.num_bytes,
+            "parent": item.parent,
             "members": sorted(self.members),
         }
 
@@ -43,13 +44,14 @@ class Record:
             Corrupt: it is no such note.
         """
         tenant, group, saves_s = note.get("tenant"), note.get("group"), note.get("saves_s")
-        num_bytes, members = note.get("num_bytes"), note.get("members")
+        num_bytes, parent, members = note.get("num_bytes"), note.get("parent"), note.get("members")
         if (
             not isinstance(tenant, str)
             or not isinstance(group, str)
             or not isinstance(saves_s, int | float)
             or type(num_bytes) is not int
             or num_bytes < 0
+            or not isinstance(parent, str | None)
             or not isinstance(members, list)
             or not all(isinstance(member, str) for member in members)
         ):
@@ -61,6 +63,7 @@ class Record:
             group=group,
             saves_s=float(saves_s),
             load_s=0.0,
+            parent=parent,
         )
         return cls(item=item, members=frozenset(members))
 

@@ -13,6 +13,7 @@ that becomes long is cut into nested folders.
 """
 
 import asyncio
+import contextlib
 import errno
 import fcntl
 import os
@@ -27,7 +28,7 @@ _TEMPORARY = ".tmp"
 _ESCAPED = re.compile(rb"[^a-z0-9._-]|^\.")
 """A leading dot too: such names are ours, or the system's."""
 _PIECE = 200
-_MAX_TRIES = 16
+_MAX_TRIES = 64
 
 
 class FolderStore:
@@ -106,10 +107,6 @@ class FolderStore:
                 else:
                     os.replace(temporary, target)
                 return
-            except FileExistsError:
-                if target.parent.is_dir():
-                    raise
-                raise NotADirectoryError(str(target.parent)) from None
             except FileNotFoundError:
                 # A delete took the folder away as it was empty: make it again.
                 if left == 0:
@@ -119,7 +116,9 @@ class FolderStore:
         folder = self._path
         for part in target.relative_to(self._path).parts[:-1]:
             folder /= part
-            folder.mkdir(exist_ok=True, mode=0o700)
+            # Whether what exists is a folder, and does so still, the next step finds out.
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(folder, 0o700)
 
     def _sync_folders(self, target: Path) -> None:
         """Fsync the folders from the target's to ours. Those that didn't change cost microseconds,

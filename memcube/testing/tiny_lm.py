@@ -34,7 +34,6 @@ def tiny_model(*, seed: int = 0, max_positions: int = 4096, dtype: str = "float3
         num_key_value_heads=2,
         max_position_embeddings=max_positions,
         initializer_range=0.2,
-        attn_implementation="sdpa",
         eos_token_id=END,
         bos_token_id=None,
         pad_token_id=None,

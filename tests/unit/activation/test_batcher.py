@@ -4,7 +4,7 @@ import random
 import pytest
 import torch
 
-from memcube.activation.batching import Batcher, BatchLimits
+from memcube.activation.batching import Batcher
 from memcube.activation.blocks import BlockPool
 from memcube.activation.contract import (
     AdapterRef,
@@ -15,6 +15,7 @@ from memcube.activation.contract import (
     Sampling,
 )
 from memcube.activation.forward import KvBuffer, PackedModel, Row
+from memcube.activation.runs import BatchLimits
 from memcube.errors import (
     BadRequest,
     DeadlineExceeded,
@@ -36,6 +37,7 @@ class Watched:
     """The real model, with the rows of each step noted, and an error on demand."""
 
     device = MODEL.device
+    taken = staticmethod(MODEL.taken)
 
     def __init__(self):
         self.steps = []
@@ -94,7 +96,7 @@ class House:
     def finish(self):
         while self.batcher.has_runs:
             step = self.step()
-            assert step.num_rows or step.events, "nothing moves"
+            assert not step.is_idle, "nothing moves"
 
     def ask(self, token_ids, **options):
         run = self.submit(token_ids, **options)
@@ -209,8 +211,8 @@ def test_attached_blocks_give_the_tokens_of_a_full_prefill():
     tokens = shared + prompt(23, seed=7)
     answer = house.ask(tokens, max_tokens=20)
     assert answer.tokens == alone(tokens, max_tokens=20).tokens
-    assert answer.usage.attached_exact == 96
-    assert answer.usage.prefilled == 27
+    assert answer.usage.attached_exact == 100
+    assert answer.usage.prefilled == 23
     assert answer.usage.attached_exact + answer.usage.prefilled == answer.usage.prompt_tokens
 
 
@@ -220,8 +222,8 @@ def test_the_last_token_of_a_prompt_is_always_computed(length):
     first = house.ask(prompt(length))
     again = house.ask(prompt(length))
     assert again.tokens == first.tokens
-    assert again.usage.attached_exact == min(length - 1, length // BLOCK * BLOCK)
-    assert again.usage.prefilled == length - again.usage.attached_exact >= 1
+    assert again.usage.attached_exact == length - 1
+    assert again.usage.prefilled == 1
 
 
 def test_the_next_turn_attaches_the_answer_too():
@@ -229,14 +231,53 @@ def test_the_next_turn_attaches_the_answer_too():
     first = house.ask(prompt(50), max_tokens=40)
     following = [*prompt(50), *first.tokens, *prompt(10, seed=3)]
     answer = house.ask(following)
-    assert answer.usage.attached_exact == (50 + 39) // BLOCK * BLOCK
+    assert answer.usage.attached_exact == 50 + 39  # the last token was never computed
     assert answer.tokens == alone(following).tokens
 
 
 def test_a_short_prompts_answer_is_stored_as_well():
     house = House()
     first = house.ask(prompt(5), max_tokens=30)
-    assert house.ask([*prompt(5), *first.tokens]).usage.attached_exact == 32
+    assert house.ask([*prompt(5), *first.tokens]).usage.attached_exact == 34
+
+
+def test_prompts_share_what_they_begin_with_to_the_token():
+    house = House()
+    house.ask(prompt(100))
+    for shared in (3, 20, 75):
+        tokens = [*prompt(100)[:shared], *prompt(30, seed=shared)]
+        answer = house.ask(tokens)
+        assert answer.usage.attached_exact == shared
+        assert answer.tokens == alone(tokens).tokens
+
+
+def test_a_tail_gives_way_to_a_longer_one():
+    house = House()
+    tokens = prompt(20)
+    for _ in range(4):
+        tokens += house.ask(tokens, max_tokens=3).tokens
+    assert [b.num_tokens for b in house.pool.blocks() if b.is_tail] == [len(tokens) - 1 - BLOCK]
+    assert house.pool.evictions["superseded"] == 3
+
+
+def test_buffers_are_used_again_within_their_budget():
+    house = House(buffer_bytes=1000 * TOKEN_BYTES)
+    run = house.submit(prompt(300), max_tokens=1)
+    house.step()
+    first = run.buffer
+    house.finish()
+    again = house.submit(prompt(200, seed=1), max_tokens=1)
+    small = house.submit(prompt(100, seed=2), max_tokens=1)
+    house.step()
+    assert again.buffer is first
+    assert small.buffer is not first
+    house.finish()
+    large = house.submit(prompt(950, seed=3), max_tokens=1)
+    house.step()
+    assert large.buffer.num_bytes == 950 * TOKEN_BYTES
+    assert house.batcher._buffers.spare_bytes <= 50 * TOKEN_BYTES
+    house.finish()
+    assert house.answer(large).tokens == alone(prompt(950, seed=3), max_tokens=1).tokens
 
 
 def test_two_runs_on_one_prefix_cant_see_each_other():
@@ -451,7 +492,7 @@ def test_what_is_forgotten_is_attached_no_more_and_stored_no_more():
     house.ask(prompt(100), members=members)
     running = house.submit(prompt(100) + prompt(300, seed=1), members=members)
     house.step()
-    assert running.num_attached == 96
+    assert running.num_attached == 100
     assert house.batcher.forget({"cube-2"}, None) >= 2
     house.finish()
     assert house.answer(running)
@@ -485,8 +526,8 @@ def test_background_work_is_done_when_nothing_else_is_and_yields():
     assert house.answer(asked).tokens == alone(prompt(30, seed=1), max_tokens=3).tokens
     done = house.answer(build)
     assert done.usage.completion_tokens == 0
-    assert done.usage.attached_exact + done.usage.prefilled == 192
-    assert house.ask(prompt(200)).usage.attached_exact == 192
+    assert done.usage.attached_exact + done.usage.prefilled == 200
+    assert house.ask(prompt(200)).usage.attached_exact == 199
 
 
 def test_a_request_does_not_wait_for_background_work_on_its_prefix():
@@ -506,7 +547,7 @@ def test_a_request_does_not_wait_for_background_work_on_its_prefix():
 def test_stats_say_what_was_done():
     house = House()
     house.ask(prompt(64))
-    house.ask(prompt(64) + [1, 2, 3])
+    house.ask([*prompt(64), 1, 2, 3])
     stats = house.batcher.stats()
     assert stats.attached_tokens == {"exact": 64}
     assert stats.prefilled_tokens == 64 + 3

@@ -1,9 +1,17 @@
 import asyncio
 import threading
+from dataclasses import replace
 
 import pytest
 
-from memcube.activation.contract import AdapterRef, FinishReason, GenerateRequest, Member
+from memcube.activation.contract import (
+    AdapterRef,
+    FinishReason,
+    GenerateRequest,
+    Member,
+    Mode,
+    SegmentRef,
+)
 from memcube.activation.engine import Engine, EngineLimits
 from memcube.activation.forward import PackedModel
 from memcube.errors import BadRequest, TooBusy, Unavailable, UnknownBackend
@@ -199,9 +207,9 @@ async def test_a_drained_engine_finishes_what_runs():
 
 async def test_a_built_prompt_is_attached(engine):
     built = await engine.build(request(100))
-    assert built.prefilled == 96
+    assert built.prefilled == 100
     assert engine.num_resident(engine.keys(request(100))) == 96
-    assert (await ask(engine, request(100)))[-1].usage.attached_exact == 96
+    assert (await ask(engine, request(100)))[-1].usage.attached_exact == 99
 
 
 async def test_a_failed_step_reaches_the_reader_and_the_engine_goes_on():
@@ -216,6 +224,25 @@ async def test_a_failed_step_reaches_the_reader_and_the_engine_goes_on():
     with pytest.raises(Unavailable, match="no such kernel"):
         await ask(engine, request())
     assert (await ask(engine, request()))[-1].finish is FinishReason.LENGTH
+    await engine.close()
+
+
+async def test_a_fault_of_the_engine_itself_reaches_the_readers_and_it_goes_on():
+    class Broken(TinyLru):
+        breaks = True
+
+        def admit(self, item, now):
+            if self.breaks:
+                raise KeyError("lost count")
+            return super().admit(item, now)
+
+    policy = Broken(1 << 30)
+    engine = Engine(MODEL, LOADED, policy=policy, limits=EngineLimits(block_tokens=BLOCK))
+    with pytest.raises(Unavailable, match="lost count"):
+        await ask(engine, request(max_tokens=40))
+    policy.breaks = False
+    assert (await ask(engine, request()))[-1].finish is FinishReason.LENGTH
+    assert (await engine.between_steps(engine.stats)).buffer_bytes == 0
     await engine.close()
 
 
@@ -329,3 +356,67 @@ async def test_a_prefetch_does_not_bring_back_what_was_forgotten_meanwhile():
     await forget
     assert await prefetch == 0
     await engine.close()
+
+
+# -- composing
+
+
+def composed(*order, **options):
+    ids, segments, members = list(range(20)), [], []
+    for number in order:
+        start = len(ids)
+        ids += [(number * i * i + i) % 251 for i in range(60 + number)]
+        segments.append(SegmentRef(start, len(ids)))
+        members.append(Member(f"cube-{number}", start))
+    options = {"tenant": "a", "salt": "a", "max_tokens": 6, "stop_ids": frozenset()} | options
+    return GenerateRequest(
+        prompt_ids=(*ids, 1, 2, 3),
+        segments=tuple(segments),
+        members=tuple(members),
+        mode=Mode.FAST,
+        **options,
+    )
+
+
+async def test_segments_built_ahead_are_composed(engine):
+    engine.allow_composing({Mode.FAST})
+    built = await engine.build(composed(1, 2, 3))
+    assert built.prefilled >= 61 + 62 + 63
+    assert (await engine.build(composed(3, 2, 1))).prefilled == 0
+    usage = (await ask(engine, composed(3, 2, 1)))[-1].usage
+    assert usage.attached_composed == 62 + 61
+    assert usage.prefilled == 20 - 16 + 3
+
+
+async def test_segments_come_up_from_below():
+    shelf = Shelf()
+    engine = make(lower=shelf)
+    engine.allow_composing({Mode.FAST})
+    await engine.build(composed(1, 2, 3))
+    first = await ask(engine, composed(3, 1))
+    await engine.close()
+    engine = make(lower=shelf, load_wait_s=30.0)
+    engine.allow_composing({Mode.FAST})
+    again = await ask(engine, composed(3, 1))
+    assert again[-1].usage.attached_composed == 61
+    assert [p.token_ids for p in again] == [p.token_ids for p in first]
+    await engine.prefetch(composed(2, 3), 30.0)
+    shelf.calls.clear()
+    assert (await ask(engine, composed(2, 3)))[-1].usage.attached_composed == 63
+    await engine.close()
+
+
+async def test_a_model_that_cant_be_composed_serves_exactly():
+    loaded = replace(LOADED, why_not="it is of another kind")
+    engine = Engine(MODEL, loaded, policy=TinyLru(1 << 30), limits=EngineLimits())
+    with pytest.raises(BadRequest, match="it is of another kind"):
+        engine.allow_composing({Mode.FAST})
+    assert (await ask(engine, composed(1, 2)))[-1].usage.composed == ()
+    await engine.close()
+
+
+async def test_a_call_between_steps_has_the_model_to_itself(engine):
+    asked = asyncio.create_task(ask(engine, request(max_tokens=30)))
+    names = await engine.between_steps(lambda: threading.current_thread().name)
+    assert names == "compute"
+    assert (await asked)[-1].finish is FinishReason.LENGTH

@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from memcube.activation.forward import KvBuffer, PackedModel, Row
+from memcube.activation.forward import BufferPool, KvBuffer, PackedModel, Row
+from memcube.activation.layout import KvLayout
 from tests.unit.activation.tiny import CONFIGS, EXACT_ONLY, Reference, some_ids
 
 CLOSE = {"rtol": 0.0, "atol": 1e-4}
@@ -167,3 +168,40 @@ def test_a_model_that_was_taken_over_says_so():
     PackedModel(loaded)  # a second one is as good
     with pytest.raises(RuntimeError, match="PackedModel"):
         loaded.model(torch.tensor([[1, 2]]))
+
+
+def test_a_pool_hands_out_the_smallest_buffer_that_fits_empty():
+    layout = KvLayout(1, 1, 4, "float32")
+    pool = BufferPool(layout, "cpu", 3000 * layout.bytes_per_token)
+    small, large = pool.take(10), pool.take(1500)
+    assert (small.capacity, large.capacity) == (512, 1536)
+    small.load(torch.ones(layout.shape(4)), 0)
+    pool.give(large)
+    pool.give(small)
+    assert pool.take(100) is small
+    assert small.length == 0
+    assert pool.take(100) is large
+    assert pool.take(100).capacity == 512
+
+
+def test_a_pool_keeps_no_more_than_it_may():
+    layout = KvLayout(1, 1, 4, "float32")
+    pool = BufferPool(layout, "cpu", 1100 * layout.bytes_per_token)
+    buffers = [pool.take(1) for _ in range(3)]
+    for buffer in buffers:
+        pool.give(buffer)
+    assert pool.num_bytes == 1024 * layout.bytes_per_token
+    assert pool.take(1) is buffers[1]
+
+
+def test_bfloat16_is_near_float32():
+    reference = Reference(CONFIGS["llama"])
+    loaded = reference.loaded("bfloat16")
+    packed, ids = PackedModel(loaded), some_ids(60)
+    buffer = KvBuffer(packed.layout, "cpu")
+    packed.forward([Row(buffer, ids[:20])])
+    (found_TV,) = packed.forward([Row(buffer, ids[20:], logits="all")])
+    expected_TV = reference.logits(ids)[20:]
+    off = (found_TV - expected_TV).abs().mean() / expected_TV.abs().mean()
+    assert found_TV.dtype == torch.float32
+    assert off < 0.05

@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from memcube.activation.contract import AdapterRef
 from memcube.activation.keys import KvIdentity, block_keys, segment_key
 
-
 # Parts that join to the same text, look the same, or are nothing in one place and something in another.
 MODELS = ["", "a", "ab", "a\x00", "e\u0301", "\u00e9", "None"]
 TOKENIZERS = ["", "b", "bc", "\x00b"]

@@ -19,6 +19,7 @@ from memcube.activation.media import AsyncMedia, MediaHierarchy
 from memcube.activation.medium import HostMedium, Record
 from memcube.activation.packs import ObjectMedium
 from memcube.errors import Unavailable
+from memcube.policies.retention import Retention
 from memcube.testing.kv import LAYOUT, MODEL, Objects, TinyLru, item, payload, same
 
 EXPECTED = {"model": MODEL, "layout": LAYOUT}
@@ -37,8 +38,9 @@ class House:
         objects: int | None = None,
         *,
         sealed: bool = False,
+        policy: type = TinyLru,
     ):
-        self.path, self.objects, self.now = path, None, 0.0
+        self.path, self.objects, self.now, self.policy = path, None, 0.0, policy
         self.sizes = host, disk, objects
         self.ring = Keyring(path / "keyring.json") if sealed else None
         if objects is not None:
@@ -47,14 +49,14 @@ class House:
 
     def open(self) -> "House":
         host, disk, objects = self.sizes
-        media = [(HostMedium(), TinyLru(host * HOST))]
+        media = [(HostMedium(), self.policy(host * HOST))]
         given = {**EXPECTED, "keyring": self.ring}
         if disk is not None:
             self.disk = DiskMedium.open(self.path / "disk", **given, reserve_bytes=0)
-            media.append((self.disk, TinyLru(disk * BELOW)))
+            media.append((self.disk, self.policy(disk * BELOW)))
         if objects is not None:
             self.packs = ObjectMedium(self.objects, writer="node", **given)
-            media.append((self.packs, TinyLru(objects * BELOW)))
+            media.append((self.packs, self.policy(objects * BELOW)))
         self.policies = [policy for _, policy in media]
         ticks = itertools.count()  # each reading of the clock is 0.1 µs after the one before
         self.media = MediaHierarchy(
@@ -162,6 +164,34 @@ def test_a_pinned_payload_stays_until_it_is_unpinned(house):
     assert "host" not in h.where("a")[0]
 
 
+def test_policies_are_told_to_forget_what_was_deleted_and_not_what_they_let_go(house, monkeypatch):
+    """A policy may remember the uses of what it evicted, for the day that it comes back."""
+    h = house(host=1, disk=1)
+    told: list[str] = []
+    for policy in h.policies:
+        monkeypatch.setattr(
+            policy, "forget", lambda key, whole=policy.forget: (told.append(key), whole(key))
+        )
+    h.put(*"abcd")
+    assert told == []
+    h.media.delete(["a", "d"])
+    assert sorted(told) == ["a", "a", "d", "d"]
+
+
+def test_a_pin_is_passed_on_once_and_so_is_its_end(house, monkeypatch):
+    h = house(host=2, disk=None)
+    told: list[str] = []
+    for name in ("pin", "unpin"):
+        monkeypatch.setattr(h.policies[0], name, lambda key, name=name: told.append(name))
+    h.media.pin("a")
+    h.put("a", "a")
+    h.media.pin("a")
+    h.media.unpin("a")
+    assert told == ["pin"]
+    h.media.unpin("a")
+    assert told == ["pin", "unpin"]
+
+
 def test_a_second_put_changes_nothing(house):
     h = house()
     h.put("a", "a", "a")
@@ -220,6 +250,8 @@ def test_residency_tells_the_bytes_of_a_cube_by_medium(house):
     assert h.media.residency("x") == {"host": 2 * HOST, "disk": BELOW}
     assert h.media.residency("y") == {"host": HOST}
     assert h.media.residency("none") == {}
+    h.put("d", members=("z",), tenant="other")
+    assert h.media.members() == {"a": {"x", "y"}, "other": {"z"}}
 
 
 @pytest.mark.parametrize("sealed", [False, True])
@@ -445,14 +477,21 @@ def test_a_delete_during_a_demotion_wins(house, monkeypatch):
     assert not h.disk.path_of("a").exists()
 
 
+def known(policy: TinyLru | Retention) -> set[str]:
+    """What a policy thinks is there; it must be within the capacity."""
+    if isinstance(policy, Retention):
+        return set(policy)
+    assert sum(held.num_bytes for held in policy.items.values()) <= policy.capacity_bytes
+    return set(policy.items)
+
+
 def consistent(h: House) -> None:
     """What the hierarchy, its policies and its media say is the same, and within capacity."""
     media = h.media
     for number, level in enumerate(media._levels):
         at = {key for key, entry in media._entries.items() if number in entry.at}
         held = {record.key for record in level.medium.records()}
-        assert at == held == level.resident == set(level.policy.items), level.medium.name
-        assert sum(i.num_bytes for i in level.policy.items.values()) <= level.policy.capacity_bytes
+        assert at == held == level.resident == known(level.policy), level.medium.name
     assert all(entry.at for entry in media._entries.values())
     tenants = {entry.record.item.tenant for entry in media._entries.values()}
     assert set(media._by_tenant) == tenants
@@ -460,8 +499,9 @@ def consistent(h: House) -> None:
     assert set(media._by_member) == members
 
 
-def test_many_threads_leave_it_consistent_and_see_no_wrong_payload(house):
-    h = house(host=3, disk=4, objects=5)
+@pytest.mark.parametrize("policy", [TinyLru, Retention])
+def test_many_threads_leave_it_consistent_and_see_no_wrong_payload(house, policy):
+    h = house(host=3, disk=4, objects=5, policy=policy)
     failures: list[BaseException] = []
 
     def work(number: int) -> None:
@@ -523,11 +563,19 @@ class AnyOrder(RuleBasedStateMachine):
     @initialize(
         sizes=st.tuples(st.integers(0, 3), st.integers(0, 3), st.sampled_from([None, 0, 3])),
         sealed=st.booleans(),
+        policy=st.sampled_from([TinyLru, Retention]),
     )
-    def begin(self, sizes, sealed):
+    def begin(self, sizes, sealed, policy):
         self.folder = tempfile.TemporaryDirectory()
         host, disk, objects = sizes
-        self.h = House(Path(self.folder.name), host=host, disk=disk, objects=objects, sealed=sealed)
+        self.h = House(
+            Path(self.folder.name),
+            host=host,
+            disk=disk,
+            objects=objects,
+            sealed=sealed,
+            policy=policy,
+        )
         self.may_be_there: dict[str, tuple[str, str]] = {}
 
     @rule(key=st.sampled_from(KEYS), tenant=st.sampled_from(TENANTS), member=st.sampled_from("xyz"))

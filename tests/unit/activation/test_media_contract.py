@@ -1,9 +1,11 @@
 """What host, disk and object store have in common, and what each does alone."""
 
 import errno
+import json
 import os
 import random
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +17,7 @@ from memcube.activation.keyring import Keyring
 from memcube.activation.medium import HostMedium, LocalArrays, Record
 from memcube.activation.packs import ObjectMedium, remove_models
 from memcube.activation.payload import read, write
-from memcube.errors import StorageFull, Unavailable
+from memcube.errors import Corrupt, StorageFull, Unavailable
 from memcube.ids import TenantId
 from memcube.testing.kills import acknowledged_until_killed
 from memcube.testing.kv import LAYOUT, MODEL, Objects, item, payload, same
@@ -93,10 +95,31 @@ def test_what_was_evicted_or_deleted_is_gone_and_the_rest_is_not(medium, how):
 
 
 def test_a_record_is_what_was_given(medium):
-    medium.put(payload("a"), record("a", tenant="t", group="chat", members=("x", "y")))
-    (held,) = medium.records()
-    assert held.members == {"x", "y"}
-    assert (held.item.tenant, held.item.group, held.item.saves_s) == ("t", "chat", 1.0)
+    given_ = Record(
+        item=replace(item("a", tenant="t", group="chat"), parent="p"),
+        members=frozenset({"x", "y"}),
+    )
+    medium.put(payload("a"), given_)
+    assert medium.records() == [given_]
+    assert Record.of_note("x", "a", json.loads(json.dumps(given_.note()))) == given_
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"tenant": None},
+        {"group": 1},
+        {"saves_s": "1"},
+        {"num_bytes": -1},
+        {"num_bytes": True},
+        {"parent": 3},
+        {"members": "ab"},
+        {"members": [1]},
+    ],
+)
+def test_a_note_that_is_none_is_corrupt(change):
+    with pytest.raises(Corrupt):
+        Record.of_note("x", "a", record("a").note() | change)
 
 
 class TestHost:

@@ -97,13 +97,13 @@ class Reference:
         given = {} if positions is None else {"position_ids": torch.tensor([positions])}
         return self.model(torch.tensor([ids]), attention_mask=mask_11TN, **given).logits[0]
 
-    def loaded(self) -> LoadedModel:
+    def loaded(self, dtype: str = "float32") -> LoadedModel:
         """A copy of the model to be taken over."""
         model = AutoModelForCausalLM.from_config(
             deepcopy(self.model.config), attn_implementation="sdpa"
         )
         model.load_state_dict(self.model.state_dict())
-        model = model.eval()
+        model = model.to(getattr(torch, dtype)).eval()
         return LoadedModel(
             model=model,
             tokenizer=None,  # pyright: ignore[reportArgumentType] - no test here reads text
