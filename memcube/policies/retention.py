@@ -1,30 +1,48 @@
 """Which KV payloads stay in one medium.
 
-Greedy-Dual-Size with frequency (Cherkasova 1998): a payload is worth ``base + uses * saved / bytes``,
-where ``base`` is the worth of the last one that was evicted. So what saves much for its bytes, and is
-used often, stays long; and what isn't used is overtaken by what came later, whatever it was worth.
-Among equals the one used longest ago goes first. A hint that a conversation goes on counts as uses
-that are still to come.
+A payload is worth what it saves over what it takes: the time that a use saves (recomputing it, less
+loading it) times the uses to be expected per byte and unit of time held. The last is learnt from what
+is used again and when (``memcube.policies.reuse``). The least worthy leave first, and what is worth less
+than what it would displace isn't let in.
 
-Pure: no clock, no I/O, one thread. Each call costs O(log n), amortised.
+What left, or wasn't let in, is followed for a while as a *shadow*: a few hundred bytes without payload.
+So the policy learns of uses that come too late for this medium, and what comes back is no stranger.
+
+Payloads of one class, step of age and worth share a *cell*, in the order of their last use. A cell
+has one value; eviction takes the oldest of the cell of least value. Cells, not payloads, are ranked and
+learn, so an operation costs O(log n) of the number of cells, amortised.
+
+Pure: no clock, no I/O, one thread.
 """
 
 import heapq
-from collections import Counter, defaultdict
-from collections.abc import Mapping
+import math
+from collections import Counter, OrderedDict
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from itertools import count
-from typing import NamedTuple
 
-_HINTED_USES = 8.0
-"""A conversation that surely goes on counts as this many uses."""
-_MAX_SHADOWS = 65_536
+import numpy as np
+
+from memcube.policies import reuse
+from memcube.policies.reuse import Features, ReuseModel
+
+_MIN_SHADOWS = 65_536
+"""So many payloads are followed at least that aren't here; else two for each that is."""
+_AGE_EVERY = 64
+_FIT_FIRST = 256
+_FIT_EVERY = 1024
+_WORTHS_PER_DOUBLING = 4
+_MOST_ALIKE = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Item:
     """One payload. ``saves_s`` is what it takes to compute it again, ``load_s`` to bring it up;
-    ``group`` says whose next turn may need it (a conversation)."""
+    ``group`` says whose next turn may need it (a conversation; empty if none).
+
+    ``parent`` is the payload without which this one is of no use, such as the block before it: it does
+    not leave before this one.
+    """
 
     key: str
     num_bytes: int
@@ -32,6 +50,7 @@ class Item:
     group: str
     saves_s: float
     load_s: float
+    parent: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,24 +70,85 @@ class Decision:
     reason: str
 
 
-class _Rank(NamedTuple):
-    worth: float
-    used: int
+class _Group:
+    """A conversation's turns and the payloads of it that are followed."""
+
+    __slots__ = ("entries", "num_turns")
+
+    def __init__(self) -> None:
+        self.num_turns = 0
+        self.entries: dict[str, _Entry] = {}
 
 
-@dataclass(slots=True, eq=False)
 class _Entry:
-    item: Item
-    uses: float
-    rank: _Rank
-    pins: int = 0
+    """A payload that is followed, here or as a shadow."""
+
+    __slots__ = (
+        "cell",
+        "group",
+        "hint",
+        "is_here",
+        "item",
+        "last_wait",
+        "num_uses",
+        "pins",
+        "refused_at",
+        "used_at",
+        "weight",
+    )
+
+    def __init__(self, item: Item, group: _Group | None) -> None:
+        self.item = item
+        self.group = group
+        self.hint: int | None = None
+        self.is_here = False
+        self.pins = 0
+        self.num_uses = 0
+        self.last_wait = 0
+        self.used_at = 0
+        self.weight = 1.0
+        self.refused_at: float | None = None
+        self.cell: _Cell
+
+
+class _Cell:
+    """Payloads of one pool, class, worth and step of age."""
+
+    __slots__ = ("key", "pool", "queued", "ready", "rest", "step", "value", "weight")
+
+    def __init__(self, key: "_CellKey", pool: "_Pool", step: int) -> None:
+        self.key = key
+        self.pool = pool
+        self.step = step
+        self.value = 0.0
+        self.weight = 0.0
+        self.queued = False
+        self.ready: OrderedDict[str, _Entry] = OrderedDict()
+        """What may be evicted, that used longest ago first."""
+        self.rest: OrderedDict[str, _Entry] = OrderedDict()
+        """What is pinned, needed by another payload, or a shadow."""
+
+
+class _Pool:
+    """What is evicted together: a tenant with a budget, or all the others."""
+
+    __slots__ = ("number", "queue")
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.queue: list[tuple[float, int, _Cell]] = []
+        """Cells with something ready, by value; others stay in it until they come up."""
+
+
+_CellKey = tuple[int, int, int]
+"""Class, worth (a power of two in quarters) and pool."""
 
 
 class Retention:
     """The policy of one medium.
 
     Over ``high`` of the capacity it evicts down to ``low``, so that not each payload that comes in
-    has to wait for another to leave.
+    has to wait for others to leave.
     """
 
     def __init__(
@@ -78,160 +158,445 @@ class Retention:
         low: float = 0.9,
         high: float = 1.0,
         budgets: Mapping[str, Budget] | None = None,
+        min_shadows: int = _MIN_SHADOWS,
     ) -> None:
         if not 0 < low <= high <= 1:
             raise ValueError("watermarks are fractions with 0 < low <= high <= 1")
         self._high_bytes = int(capacity_bytes * high)
         self._low_bytes = int(capacity_bytes * low)
         self._budgets = dict(budgets or {})
+        self._min_shadows = min_shadows
+        self._model = ReuseModel()
         self._entries: dict[str, _Entry] = {}
-        self._heap: list[tuple[_Rank, str]] = []
-        """Old ranks stay in it until they come up."""
-        self._groups: defaultdict[str, set[str]] = defaultdict(set)
-        self._hints: dict[str, float] = {}
-        self._shadows: dict[str, float] = {}
-        """Uses of what was evicted, so that it does not come back as a stranger; oldest first."""
+        self._shadows: OrderedDict[str, _Entry] = OrderedDict()
+        """What left longest ago first."""
+        self._groups: dict[str, _Group] = {}
+        self._hints: OrderedDict[str, tuple[int, float]] = OrderedDict()
+        """By group: the level, and when it was given; the oldest first."""
+        self._num_children: Counter[str] = Counter()
+        """How many of those here need a payload, by its key."""
+        self._pools: dict[str | None, _Pool] = {}
+        self._cells: list[dict[_CellKey, _Cell]] = [{} for _ in range(reuse.num_steps())]
         self._bytes: Counter[str] = Counter()
         self._used_bytes = 0
-        self._base = 0.0
-        self._calls = count()
+        self._num_uses = 0
+        self._age_at = 0
+        self._step_due = [0.0] * reuse.num_steps()
+        self._fit_at = _FIT_FIRST
+        self._fitted_at = 0
+        self._num_queued = 0
 
     @property
     def used_bytes(self) -> int:
         return self._used_bytes
 
+    def __contains__(self, key: str) -> bool:
+        return key in self._entries
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    @property
+    def num_shadows(self) -> int:
+        return len(self._shadows)
+
     def hit(self, key: str, now: float) -> None:
-        """A payload was used."""
+        """A payload was used. Of an unknown one nothing is learnt."""
         if (entry := self._entries.get(key)) is not None:
-            entry.uses += 1
-            self._rank(entry)
+            self._use(entry, now)
+            self._put(entry)
 
     def admit(self, item: Item, now: float) -> Decision:
-        """Let a payload in, if room can be made for it. Idempotent: one that is here counts as hit."""
-        if item.key in self._entries:
-            self.hit(item.key, now)
+        """Let a payload in, if room can be made for it. Idempotent: one that is here counts as hit.
+
+        Offer the blocks of a prompt from its beginning: what needs a payload that was just refused is
+        refused too. Offer those too that will be refused: it is how the policy gets to know them.
+        """
+        entry = self._entries.get(item.key)
+        if entry is not None:
+            self._use(entry, now)
+            self._put(entry)
             return Decision(True, (), "resident")
-        cap = self._budget(item.tenant).cap_bytes
-        if item.num_bytes > self._high_bytes or (cap is not None and item.num_bytes > cap):
-            return Decision(False, (), "too large")
-        victims: list[_Entry] = []
-        reason = "room"
-        if cap is not None and self._bytes[item.tenant] + item.num_bytes > cap:
-            reason = "tenant's budget"
-            over = self._bytes[item.tenant] + item.num_bytes - cap
-            victims = self._choose(over, only=item.tenant, besides=[])
-        freed = sum(victim.item.num_bytes for victim in victims)
-        over = self._used_bytes - freed + item.num_bytes - self._high_bytes
-        if over > 0:
-            reason = "capacity"
-            wanted = over + self._high_bytes - self._low_bytes
-            victims += self._choose(wanted, only=None, besides=victims)
-        freed = sum(victim.item.num_bytes for victim in victims)
-        of_tenant = sum(v.item.num_bytes for v in victims if v.item.tenant == item.tenant)
-        if self._used_bytes - freed + item.num_bytes > self._high_bytes or (
-            cap is not None and self._bytes[item.tenant] - of_tenant + item.num_bytes > cap
-        ):
-            for victim in victims:
-                self._push(victim)
-            return Decision(False, (), "no room: the rest is pinned or within its tenant's floor")
+        entry = self._follow(item)
+        self._use(entry, now)
+        refusal = self._refusal(item, now)
+        if refusal is not None:
+            return self._refuse(entry, refusal, now)
+        if item.parent is not None:
+            self._need(item.parent)
+        cell = self._cell_of(entry, 0)
+        victims, reason = self._victims(item, cell.value)
+        if victims is None:
+            if item.parent is not None:
+                self._release(item.parent)
+            return self._refuse(entry, reason, now)
         for victim in victims:
-            self._base = max(self._base, victim.rank.worth)
-            self._remember(victim)
-            self._remove(victim)
-        entry = _Entry(item, self._shadows.pop(item.key, 0.0) + 1.0, _Rank(0.0, 0))
+            self._leave(victim)
+        entry.is_here = True
         self._entries[item.key] = entry
-        self._groups[item.group].add(item.key)
         self._bytes[item.tenant] += item.num_bytes
         self._used_bytes += item.num_bytes
-        self._rank(entry)
+        self._put(entry)
         return Decision(True, tuple(victim.item.key for victim in victims), reason)
 
     def forget(self, key: str) -> None:
-        """A payload is gone. Idempotent."""
-        self._shadows.pop(key, None)
-        if (entry := self._entries.get(key)) is not None:
-            self._remove(entry)
+        """A payload is gone, and won't be asked for again under this key. Idempotent."""
+        entry = self._entries.get(key)
+        if entry is not None:
+            self._take(entry)
+            self._uncount(entry)
+            if entry.item.parent is not None:
+                self._release(entry.item.parent)
+        else:
+            entry = self._shadows.pop(key, None)
+            if entry is None:
+                return
+            self._take(entry)
+        self._unfollow(entry)
 
     def pin(self, key: str) -> None:
         """Keep a payload until it is unpinned as often."""
         if (entry := self._entries.get(key)) is not None:
             entry.pins += 1
+            self._settle(entry)
 
     def unpin(self, key: str) -> None:
         """Take one pin back."""
         entry = self._entries.get(key)
         if entry is not None and entry.pins:
             entry.pins -= 1
-            self._push(entry)
+            self._settle(entry)
 
-    def hint(self, group: str, probability: float, now: float) -> None:
-        """How likely a conversation goes on; 0 takes an earlier hint back."""
-        if probability > 0:
-            self._hints[group] = min(probability, 1.0)
-        else:
-            self._hints.pop(group, None)
-        for key in self._groups.get(group, ()):
-            self._rank(self._entries[key])
+    def hint(self, group: str, probability: float | None, now: float) -> None:
+        """How likely it is that a conversation has another turn; None takes an earlier hint back.
 
-    def _budget(self, tenant: str) -> Budget:
-        return self._budgets.get(tenant, Budget())
+        It holds until a payload of the group is used at another time. So give it after the turn, or
+        at the time (``now``) of the turn: best between the hits and what is offered for admission then.
+        How far hints can be trusted is learnt too. Groups of different tenants need different names.
+        """
+        level = None if probability is None else reuse.hint_level(probability)
+        self._hints.pop(group, None)
+        if level is not None:
+            self._hints[group] = (level, now)
+            if len(self._hints) > self._min_shadows:
+                self._hints.popitem(last=False)
+        found = self._groups.get(group)
+        for entry in found.entries.values() if found is not None else ():
+            if entry.hint != level:
+                entry.hint = level
+                self._take(entry)
+                self._insert(entry, self._cell_of(entry, entry.cell.step))
 
-    def _rank(self, entry: _Entry) -> None:
-        item = entry.item
-        saved_s = max(item.saves_s - item.load_s, 1e-9)
-        uses = entry.uses + _HINTED_USES * self._hints.get(item.group, 0.0)
-        worth = self._base + uses * saved_s / max(item.num_bytes, 1)
-        entry.rank = _Rank(worth, next(self._calls))
-        self._push(entry)
+    # What is followed: uses, ages, shadows.
 
-    def _push(self, entry: _Entry) -> None:
-        heapq.heappush(self._heap, (entry.rank, entry.item.key))
-        if len(self._heap) > 64 + 4 * len(self._entries):
-            self._heap = [(e.rank, e.item.key) for e in self._entries.values()]
-            heapq.heapify(self._heap)
+    def _follow(self, item: Item) -> _Entry:
+        """The shadow of a payload, taken out of its cell, or a new entry; in neither case counted yet."""
+        entry = self._shadows.pop(item.key, None)
+        if entry is not None:
+            entry.item = item
+            return entry
+        group = None
+        if item.group:
+            group = self._groups.get(item.group)
+            if group is None:
+                group = self._groups[item.group] = _Group()
+        entry = _Entry(item, group)
+        if group is not None:
+            group.entries[item.key] = entry
+        return entry
 
-    def _choose(self, num_bytes: int, *, only: str | None, besides: list[_Entry]) -> list[_Entry]:
-        """The least worthy that may leave, until so many bytes are free. They are off the heap."""
-        chosen: list[_Entry] = []
-        passed: list[_Entry] = []
-        left: Counter[str] = Counter(self._bytes)
-        for one in besides:
-            left[one.item.tenant] -= one.item.num_bytes
-        taken = {one.item.key for one in besides}
-        while num_bytes > 0 and self._heap:
-            rank, key = heapq.heappop(self._heap)
-            entry = self._entries.get(key)
-            if entry is None or entry.rank != rank or key in taken:
+    def _unfollow(self, entry: _Entry) -> None:
+        age = self._num_uses - entry.used_at
+        self._model.lost(entry.cell.key[0], entry.cell.step, age, entry.weight)
+        group = entry.group
+        if group is not None:
+            del group.entries[entry.item.key]
+            if not group.entries:
+                self._groups.pop(entry.item.group, None)
+
+    def _use(self, entry: _Entry, now: float) -> None:
+        """Learn from a use. The entry is in no cell afterwards; its features are those of the use."""
+        self._num_uses += 1
+        if self._num_uses >= self._age_at:
+            self._age()
+        if self._num_uses >= self._fit_at:
+            self._fit()
+        if entry.num_uses:
+            self._take(entry)
+            age = self._num_uses - entry.used_at
+            self._model.used(entry.cell.key[0], entry.cell.step, age, entry.weight)
+            entry.last_wait = age
+        entry.num_uses += 1
+        entry.used_at = self._num_uses
+        entry.hint = None
+        group = entry.group
+        if group is not None:
+            if (hint := self._hints.get(entry.item.group)) is not None:
+                if hint[1] == now:
+                    entry.hint = hint[0]
+                else:
+                    del self._hints[entry.item.group]
+            group.num_turns = max(group.num_turns, entry.num_uses)
+            # The n payloads of a conversation come back together: they tell as much as sqrt(n) others.
+            entry.weight = min(len(group.entries), _MOST_ALIKE) ** -0.5
+
+    def _age(self) -> None:
+        """Move what has become older to the next step."""
+        now = self._num_uses
+        self._age_at = now + _AGE_EVERY
+        for step in range(reuse.num_steps() - 2, -1, -1):
+            cells = self._cells[step]
+            if not cells or now < self._step_due[step]:
                 continue
-            tenant = entry.item.tenant
-            floor = self._budget(tenant).floor_bytes if only is None else 0
-            if (
-                entry.pins
-                or (only is not None and tenant != only)
-                or left[tenant] - entry.item.num_bytes < floor
-            ):
-                passed.append(entry)
-                taken.add(key)
+            edge = reuse.next_edge(step)
+            # A step is looked at eight times while it lasts.
+            self._step_due[step] = now + (edge / 32 if step else 0)
+            youngest = now - edge
+            for cell in cells.values():
+                older: _Cell | None = None
+                passed = 0.0
+                for queue in (cell.ready, cell.rest):
+                    while queue and (entry := next(iter(queue.values()))).used_at <= youngest:
+                        if older is None:
+                            older = self._cell(cell.key, cell.pool, step + 1)
+                        queue.popitem(last=False)
+                        passed += entry.weight
+                        (older.ready if queue is cell.ready else older.rest)[entry.item.key] = entry
+                        entry.cell = older
+                if older is not None:
+                    cell.weight -= passed
+                    older.weight += passed
+                    self._model.aged(cell.key[0], step, passed)
+                    if older.ready and not older.queued:
+                        self._queue(older)
+
+    def _fit(self) -> None:
+        """Learn, and value all cells anew; empty ones go."""
+        present = np.zeros((len(self._model), reuse.num_steps()))
+        num_cells = 0
+        for step, cells in enumerate(self._cells):
+            for key in [key for key, cell in cells.items() if not cell.ready and not cell.rest]:
+                del cells[key]
+            for key, cell in cells.items():
+                present[key[0], step] += cell.weight
+            num_cells += len(cells)
+        self._model.fit(present, self._num_uses - self._fitted_at)
+        self._fitted_at = self._num_uses
+        self._fit_at = self._num_uses + min(max(_FIT_EVERY, num_cells), max(self._num_uses, 1))
+        for pool in self._pools.values():
+            pool.queue.clear()
+        for cells in self._cells:
+            for cell in cells.values():
+                cell.value = self._value(cell.key, cell.step)
+                cell.queued = False
+                if cell.ready:
+                    self._queue(cell)
+
+    # Cells.
+
+    def _value(self, key: _CellKey, step: int) -> float:
+        return self._model.index[key[0]][step] * 2.0 ** (key[1] / _WORTHS_PER_DOUBLING)
+
+    def _cell_of(self, entry: _Entry, step: int) -> _Cell:
+        item, group = entry.item, entry.group
+        num_turns = entry.num_uses if group is None else group.num_turns
+        features = Features.of(entry.hint, entry.num_uses, num_turns, entry.last_wait)
+        pool = self._pool(item.tenant)
+        key = (self._model.class_of(features), _worth_level(item), pool.number)
+        return self._cell(key, pool, step)
+
+    def _cell(self, key: _CellKey, pool: _Pool, step: int) -> _Cell:
+        cell = self._cells[step].get(key)
+        if cell is None:
+            cell = self._cells[step][key] = _Cell(key, pool, step)
+            cell.value = self._value(key, step)
+        return cell
+
+    def _pool(self, tenant: str) -> _Pool:
+        owner = tenant if tenant in self._budgets else None
+        pool = self._pools.get(owner)
+        if pool is None:
+            pool = self._pools[owner] = _Pool(len(self._pools))
+        return pool
+
+    def _queue(self, cell: _Cell) -> None:
+        cell.queued = True
+        self._num_queued += 1
+        heapq.heappush(cell.pool.queue, (cell.value, self._num_queued, cell))
+
+    def _put(self, entry: _Entry) -> None:
+        """Into the cell of a payload just used."""
+        self._insert(entry, self._cell_of(entry, 0))
+
+    def _insert(self, entry: _Entry, cell: _Cell, *, first: bool = False) -> None:
+        key = entry.item.key
+        is_ready = entry.is_here and not entry.pins and not self._num_children.get(key)
+        queue = cell.ready if is_ready else cell.rest
+        queue[key] = entry
+        if first:
+            queue.move_to_end(key, last=False)
+        entry.cell = cell
+        cell.weight += entry.weight
+        if is_ready and not cell.queued:
+            self._queue(cell)
+
+    def _take(self, entry: _Entry) -> None:
+        cell = entry.cell
+        cell.weight -= entry.weight
+        if cell.ready.pop(entry.item.key, None) is None:
+            cell.rest.pop(entry.item.key, None)
+
+    def _settle(self, entry: _Entry) -> None:
+        """After a change of what keeps a payload: it may be evicted now, or no longer."""
+        self._take(entry)
+        self._insert(entry, entry.cell, first=True)
+
+    def _need(self, parent: str) -> None:
+        self._num_children[parent] += 1
+        if self._num_children[parent] == 1 and (entry := self._entries.get(parent)) is not None:
+            self._settle(entry)
+
+    def _release(self, parent: str) -> None:
+        self._num_children[parent] -= 1
+        if not self._num_children[parent]:
+            del self._num_children[parent]
+            if (entry := self._entries.get(parent)) is not None:
+                self._settle(entry)
+
+    # Who comes in and who leaves.
+
+    def _refusal(self, item: Item, now: float) -> str | None:
+        """Why an item can't be let in, whatever else is here."""
+        cap = self._budget(item.tenant).cap_bytes
+        if item.num_bytes > self._high_bytes or (cap is not None and item.num_bytes > cap):
+            return "too large"
+        if item.saves_s <= item.load_s:
+            return "quicker computed than loaded"
+        if item.parent is not None:
+            parent = self._shadows.get(item.parent)
+            if parent is not None and parent.refused_at == now:
+                return "what it needs was refused"
+        return None
+
+    def _refuse(self, entry: _Entry, reason: str, now: float) -> Decision:
+        entry.refused_at = now
+        self._put(entry)
+        self._shadow(entry)
+        return Decision(False, (), reason)
+
+    def _victims(self, item: Item, value: float) -> tuple[list[_Entry] | None, str]:
+        """What leaves for an item of this value, or None and why it isn't let in.
+
+        The victims are out of their cells, and what they needed may follow them; else all is as it was.
+        """
+        tenant = item.tenant
+        budget = self._budget(tenant)
+        victims: list[_Entry] = []
+        left: Counter[str] = Counter()
+        reason = "room"
+        used, of_tenant = self._used_bytes, self._bytes[tenant]
+
+        def take(pools: list[_Pool], keep: bool) -> bool:
+            nonlocal used, of_tenant
+            found = self._least(pools, keep, left)
+            if found is None:
+                return False
+            victims.append(found)
+            num_bytes = found.item.num_bytes
+            left[found.item.tenant] += num_bytes
+            used -= num_bytes
+            if found.item.tenant == tenant:
+                of_tenant -= num_bytes
+            return True
+
+        own = [self._pool(tenant)]
+        others = list(self._pools.values())
+        # A tenant gets its floor even for what is worth little.
+        deserves = of_tenant + item.num_bytes <= budget.floor_bytes
+        cap = budget.cap_bytes
+        is_refused = ""
+        if cap is not None and of_tenant + item.num_bytes > cap:
+            reason = "tenant's budget"
+            while not is_refused and of_tenant + item.num_bytes > cap:
+                if not take(own, False):
+                    is_refused = "no room: the rest is pinned"
+                elif value < victims[-1].cell.value:
+                    is_refused = "worth less than what is there"
+        if not is_refused and used + item.num_bytes > self._high_bytes:
+            reason = "capacity"
+            while not is_refused and used + item.num_bytes > self._high_bytes:
+                if not take(others, True) and not take(own, False):
+                    is_refused = "no room: the rest is pinned or within its tenant's floor"
+                elif not deserves and value < victims[-1].cell.value:
+                    is_refused = "worth less than what is there"
+            while not is_refused and used + item.num_bytes > self._low_bytes:
+                if not take(others, True):
+                    break
+        if is_refused:
+            for victim in reversed(victims):
+                if victim.item.parent is not None:
+                    self._need(victim.item.parent)
+                self._insert(victim, victim.cell, first=True)
+            return None, is_refused
+        return victims, reason
+
+    def _least(self, pools: list[_Pool], keep: bool, left: Counter[str]) -> _Entry | None:
+        """Take the least worthy that may leave out of its queue; ``keep``: not what is in a floor."""
+        best: _Cell | None = None
+        for pool in pools:
+            queue = pool.queue
+            while queue and not queue[0][2].ready:
+                heapq.heappop(queue)[2].queued = False
+            if not queue or (best is not None and queue[0][0] >= best.value):
                 continue
-            chosen.append(entry)
-            taken.add(key)
-            left[tenant] -= entry.item.num_bytes
-            num_bytes -= entry.item.num_bytes
-        for entry in passed:
-            self._push(entry)
-        return chosen
+            cell = queue[0][2]
+            if keep:
+                item = next(iter(cell.ready.values())).item
+                rest = self._bytes[item.tenant] - left[item.tenant] - item.num_bytes
+                if rest < self._budget(item.tenant).floor_bytes:
+                    continue
+            best = cell
+        if best is None:
+            return None
+        _, entry = best.ready.popitem(last=False)
+        best.weight -= entry.weight
+        if entry.item.parent is not None:
+            self._release(entry.item.parent)
+        return entry
 
-    def _remember(self, entry: _Entry) -> None:
-        self._shadows[entry.item.key] = entry.uses
-        while len(self._shadows) > _MAX_SHADOWS:
-            del self._shadows[next(iter(self._shadows))]
+    def _leave(self, entry: _Entry) -> None:
+        """Evict: it is followed as a shadow."""
+        self._uncount(entry)
+        self._insert(entry, entry.cell)
+        self._shadow(entry)
 
-    def _remove(self, entry: _Entry) -> None:
+    def _uncount(self, entry: _Entry) -> None:
+        """No longer here."""
         item = entry.item
         del self._entries[item.key]
-        group = self._groups[item.group]
-        group.discard(item.key)
-        if not group:
-            del self._groups[item.group]
+        entry.is_here = False
+        entry.pins = 0
         self._bytes[item.tenant] -= item.num_bytes
         self._used_bytes -= item.num_bytes
+
+    def _shadow(self, entry: _Entry) -> None:
+        self._shadows[entry.item.key] = entry
+        if len(self._shadows) > max(self._min_shadows, 2 * len(self._entries)):
+            _, oldest = self._shadows.popitem(last=False)
+            self._take(oldest)
+            self._unfollow(oldest)
+
+    def _budget(self, tenant: str) -> Budget:
+        return self._budgets.get(tenant, _NO_BUDGET)
+
+
+_NO_BUDGET = Budget()
+
+
+def _worth_level(item: Item) -> int:
+    """What a use saves per byte, in quarters of a doubling."""
+    saved_s = max(item.saves_s - item.load_s, 1e-12)
+    return round(_WORTHS_PER_DOUBLING * math.log2(saved_s / max(item.num_bytes, 1)))
