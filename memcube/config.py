@@ -89,7 +89,7 @@ class ActivationConfig(_Section):
     the tenant, which goes with the tenant.
     """
 
-    actors: int = Field(default=0, ge=0, le=64)
+    actors: int = Field(default=1, ge=0, le=64)
     device_mb: int = Field(default=1024, ge=64)
     host_mb: int = Field(default=1024, ge=0)
     disk_mb: int = Field(default=8192, ge=0)

@@ -6,9 +6,9 @@ import secrets
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import Request, Response
+from fastapi import Path, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 
 from memcube.activation.contract import FinishReason, Mode, Sampling
@@ -33,6 +33,7 @@ from serve.backend import Backend
 from serve.dependencies import Here, Reader, guarded
 from serve.metrics import Metrics
 
+ModelName = Annotated[str, Path(max_length=256, examples=["SmolLM2-135M-Instruct"])]
 openai = guarded("/v1", "openai")
 
 
@@ -128,7 +129,7 @@ async def list_models(who: Reader, here: Here) -> JSONResponse:
 
 
 @openai.get("/models/{name}", response_model=models.ModelOut, summary="One model")
-async def get_model(name: str, who: Reader, here: Here) -> JSONResponse:
+async def get_model(name: ModelName, who: Reader, here: Here) -> JSONResponse:
     """Whether it is there."""
     if name not in (here.chat_model, here.config.embedder.model):
         raise NotFound("model", name[:64])
@@ -174,7 +175,7 @@ async def embeddings(body: models.EmbeddingsBody, who: Reader, here: Here) -> JS
 
 def _chat_of(here: Backend) -> ChatService:
     if here.chat is None:
-        raise UnknownBackend("chat model", "none", ("configure activation.actors=1 or more",))
+        raise UnknownBackend("chat model", "none", ("none: start with activation.actors=1",))
     return here.chat
 
 

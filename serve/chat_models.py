@@ -16,6 +16,9 @@ class _Lenient(BaseModel):
     model_config = ConfigDict(extra="ignore")
 
 
+Stop = Annotated[Text, Field(min_length=1, max_length=256)]
+
+
 class TextPart(_Lenient):
     type: Literal["text"]
     text: Text
@@ -78,7 +81,7 @@ class ChatBody(_Lenient):
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
     seed: int | None = None
-    stop: Text | list[Text] | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
     n: Literal[1] = 1
     tools: None = Field(None, description="Not built; refused rather than passed over.")
     logprobs: Literal[False] | None = None

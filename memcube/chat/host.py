@@ -75,14 +75,16 @@ class ChatHost:
 
 
 def segment_uses(segments: Sequence[SegmentRef], usage: Usage) -> tuple[SegmentUse, ...]:
-    """What of each segment was attached: exact KV lies at the prompt's beginning, composed KV
-    behind it."""
-    uses: list[SegmentUse] = []
-    composed_end = usage.attached_exact + usage.attached_composed
-    for segment in segments:
-        exact = max(0, min(segment.end, usage.attached_exact) - segment.start)
-        composed = max(0, min(segment.end, composed_end) - max(segment.start, usage.attached_exact))
-        uses.append(
-            SegmentUse(num_tokens=segment.end - segment.start, exact=exact, composed=composed)
+    """What of each segment was attached: exact KV lies at the prompt's beginning, composed KV where
+    the engine says."""
+    composed = set(usage.composed)
+    return tuple(
+        SegmentUse(
+            num_tokens=segment.end - segment.start,
+            exact=0
+            if segment in composed
+            else max(0, min(segment.end, usage.attached_exact) - segment.start),
+            composed=segment.end - segment.start if segment in composed else 0,
         )
-    return tuple(uses)
+        for segment in segments
+    )

@@ -18,12 +18,20 @@ START_S = 180.0
 class SystemProcess:
     """``python -m cluster.up`` on a free port over one data folder.
 
+    It has no chat model (which takes a gigabyte and some seconds) unless ``chat`` is asked for.
     ``start`` returns when it is ready. Its whole process tree is known by the launcher's pid.
     """
 
-    def __init__(self, data_dir: Path, overrides: Sequence[str] = (), *, port: int = 0) -> None:
+    def __init__(
+        self,
+        data_dir: Path,
+        overrides: Sequence[str] = (),
+        *,
+        port: int = 0,
+        chat: bool = False,
+    ) -> None:
         self.data_dir = data_dir
-        self._overrides = list(overrides)
+        self._overrides = [f"activation.actors={int(chat)}", *overrides]
         self._port = port
         self._launcher: subprocess.Popen[bytes] | None = None
         self.url = ""

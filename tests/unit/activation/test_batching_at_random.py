@@ -4,11 +4,11 @@ import random
 from functools import cache
 
 import pytest
-from tests.unit.activation.test_batcher import BLOCK, TOKEN_BYTES, alone, prompt
 
 from memcube.activation.blocks import BlockPool
 from memcube.activation.contract import Member, Mode
 from memcube.policies.retention import Retention
+from tests.unit.activation.test_batcher import BLOCK, TOKEN_BYTES, alone, prompt
 from tests.unit.activation.test_composed_runs import QUESTION, Composed, laid_out
 
 TREE = [prompt(length, seed=80 + i) for i, length in enumerate((37, 64, 150))]

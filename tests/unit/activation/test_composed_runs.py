@@ -1,11 +1,11 @@
 import pytest
-from tests.unit.activation.test_batcher import LOADED, MODEL, House, alone, fingerprint, prompt
 
 from memcube.activation.compose import BLEND_SHARE, Composer
 from memcube.activation.contract import Member, Mode, SegmentRef
 from memcube.activation.forward import KvBuffer, Row
 from memcube.activation.rope import Rope
 from memcube.errors import Unavailable
+from tests.unit.activation.test_batcher import LOADED, MODEL, House, alone, fingerprint, prompt
 
 PREFIX = prompt(20, seed=50)
 MEMORIES = [prompt(length, seed=51 + i) for i, length in enumerate((70, 64, 90))]

@@ -10,7 +10,9 @@ import pytest
 from fastapi import FastAPI
 
 from memcube.catalog import Role
+from memcube.chat.service import ChatService
 from memcube.config import Limits
+from memcube.testing.chat import ScriptedModel
 from memcube.testing.local import LocalSystem
 from serve.app import create_app
 from serve.backend import Backend
@@ -120,6 +122,8 @@ def _backend_of(system: LocalSystem) -> Backend:
         status=system.status,
         close=_nothing,
         embedder=system.embedder,
+        chat=ChatService(system.service, [ScriptedModel()], system.config.chat),
+        chat_model=system.config.model.name,
     )
 
 

@@ -15,6 +15,7 @@ from memcube.catalog import Role
 from memcube.ids import uuid7
 from memcube.testing.local import START, LocalSystem
 
+MODEL = "SmolLM2-135M-Instruct"
 PUBLIC, READER, WRITER, ADMIN = None, Role.READER, Role.WRITER, Role.ADMIN
 
 
@@ -51,6 +52,12 @@ MATRIX = {
     ("POST", "/v1/cubes/{id}/archive"): Row(WRITER),
     ("POST", "/v1/cubes/{id}/restore"): Row(WRITER),
     ("GET", "/v1/cubes/{id}/lineage"): Row(READER),
+    ("POST", "/v1/chat/completions"): Row(
+        READER, {"model": MODEL, "messages": [{"role": "user", "content": "hi"}], "user": "matrix"}
+    ),
+    ("GET", "/v1/models"): Row(READER),
+    ("GET", "/v1/models/{name}"): Row(READER),
+    ("POST", "/v1/embeddings"): Row(READER, {"model": "all-MiniLM-L6-v2", "input": "tea"}),
     ("POST", "/v1/keys"): Row(ADMIN, {"name": "matrix", "role": "reader"}),
     ("GET", "/v1/keys"): Row(ADMIN),
     ("DELETE", "/v1/keys/{id}"): Row(ADMIN),
@@ -114,7 +121,7 @@ def filled(value: Any, **names: str) -> Any:
 async def request(api: Any, route: tuple[str, str], id: str, second: str = "", **how: Any):
     row = MATRIX[route]
     body = () if row.body is None else (filled(row.body, id=id, second=second),)
-    return await api.call(route[0], filled(route[1], id=id) + row.query, *body, **how)
+    return await api.call(route[0], filled(route[1], id=id, name=MODEL) + row.query, *body, **how)
 
 
 def headers_without_key(kind: str, secrets: dict[str, str]) -> dict[str, str]:
@@ -178,7 +185,7 @@ async def test_without_a_valid_key_every_route_answers_the_same_401(api, secrets
 
 @pytest.mark.parametrize("route", [r for r in GUARDED if MATRIX[r].body is not None], ids=name_of)
 async def test_without_a_valid_key_no_body_is_looked_at(api, route):
-    path = filled(route[1], id=str(uuid7(START)))
+    path = filled(route[1], id=str(uuid7(START)), name=MODEL)
     for body in (b"{", b"[" * 100_000, b'{"nothing": 1}', b"\xff"):
         response = await api.call(route[0], path, body, key="mk_wrong")
         assert response.status_code == 401, body[:20]

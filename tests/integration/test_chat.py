@@ -1,0 +1,123 @@
+"""The chat, by the official OpenAI client over a running system with the packaged model."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from openai import OpenAI
+
+from memcube.client import MemCubeClient
+from memcube.testing.process import SystemProcess
+
+MODEL = "SmolLM2-135M-Instruct"
+TURNS = [
+    {
+        "role": "user",
+        "name": "Ann" if n % 2 else "Bob",
+        "content": f"On day {n} I walked {n + 2} miles along the river with my old dog Rex.",
+    }
+    for n in range(24)
+]
+
+
+@pytest.fixture(scope="module")
+def system(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SystemProcess]:
+    with SystemProcess(tmp_path_factory.mktemp("chat") / "data", chat=True) as running:
+        yield running
+
+
+@pytest.fixture
+def openai(system: SystemProcess) -> OpenAI:
+    return OpenAI(base_url=f"{system.url}/v1", api_key=system.key, max_retries=0, timeout=120)
+
+
+def ask(openai: OpenAI, question: str, user: str, **more):
+    return openai.chat.completions.create(
+        model=MODEL,
+        messages=[{"role": "user", "content": question}],
+        max_tokens=12,
+        temperature=0,
+        extra_body={"memory": {"user_id": user}},
+        **more,
+    )
+
+
+def test_the_second_question_attaches_what_the_first_one_read(
+    system: SystemProcess, openai: OpenAI
+):
+    with MemCubeClient(system.url, system.key) as client:
+        client.add(TURNS, user_id="river")
+    first = ask(openai, "What is the dog called?", "river")
+    second = ask(openai, "Who walks along the river?", "river")
+    told = [answer.model_extra["memory"] for answer in (first, second)]
+    assert [cube["form"] for cube in told[0]["cubes"]] == ["text"] * len(told[0]["cubes"])
+    assert {cube["form"] for cube in told[1]["cubes"]} == {"exact_kv"}
+    assert told[1]["tokens_prefilled"] < told[0]["tokens_prefilled"] / 5
+    assert told[1]["ttft_ms"] < told[0]["ttft_ms"] / 2
+    assert second.usage.prompt_tokens_details.cached_tokens == told[1]["tokens_attached"]
+
+
+def test_streamed_and_whole_answers_are_the_same(openai: OpenAI):
+    whole = ask(openai, "What is the dog called?", "river").choices[0].message.content
+    stream = ask(
+        openai,
+        "What is the dog called?",
+        "river",
+        stream=True,
+        stream_options={"include_usage": True},
+    )
+    chunks = list(stream)
+    streamed = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
+    assert streamed == whole
+    assert chunks[-1].usage.completion_tokens == 12
+
+
+def test_no_kv_crosses_a_tenant(system: SystemProcess, openai: OpenAI):
+    with MemCubeClient(system.url, system.key) as client:
+        other = client.keys.create("other", tenant="other").key
+    with MemCubeClient(system.url, other) as client:
+        client.add(TURNS, user_id="river")
+    theirs = OpenAI(base_url=f"{system.url}/v1", api_key=other, max_retries=0, timeout=120)
+    ask(openai, "What is the dog called?", "river")
+    first = ask(theirs, "What is the dog called?", "river")
+    assert first.model_extra["memory"]["tokens_attached"] == 0
+
+
+def test_a_deleted_memory_is_in_no_later_answer(system: SystemProcess, openai: OpenAI):
+    with MemCubeClient(system.url, system.key) as client:
+        client.add(TURNS, user_id="forgetful")
+        used = ask(openai, "What is the dog called?", "forgetful").model_extra["memory"]["cubes"]
+        client.delete(used[0]["id"])
+    later = ask(openai, "What is the dog called?", "forgetful").model_extra["memory"]["cubes"]
+    assert used[0]["id"] not in {cube["id"] for cube in later}
+
+
+def test_a_killed_engine_comes_back_and_answers(system: SystemProcess, openai: OpenAI):
+    assert system.kill_one("ray::KVCacheActor") == 1
+    patient = openai.with_options(max_retries=10)
+    assert ask(patient, "What is the dog called?", "river").choices[0].message.content
+
+
+def test_models_and_embeddings_are_openais(openai: OpenAI):
+    assert MODEL in [model.id for model in openai.models.list()]
+    made = openai.embeddings.create(model="all-MiniLM-L6-v2", input=["tea", "milk"])
+    assert [len(one.embedding) for one in made.data] == [384, 384]
+
+
+def test_kv_outlives_a_restart_on_disk(tmp_path: Path):
+    system = SystemProcess(tmp_path / "data", chat=True)
+    try:
+        attached = []
+        for start in range(2):
+            system.start()
+            openai = OpenAI(base_url=f"{system.url}/v1", api_key=system.key, max_retries=0)
+            if start == 0:
+                with MemCubeClient(system.url, system.key) as client:
+                    client.add(TURNS, user_id="river")
+            answer = ask(openai, "What is the dog called?", "river")
+            attached.append(answer.model_extra["memory"]["tokens_attached"])
+            system.stop()
+        assert attached[0] == 0
+        assert attached[1] > 0
+    finally:
+        system.stop()
