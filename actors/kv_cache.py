@@ -90,6 +90,8 @@ class KVCacheActor:
             store = spawn_kv_store_actor(
                 config, node=node, model=loaded.fingerprint, layout=loaded.layout
             )
+            # A request waits a second for its blocks, a store takes some to open: not the first one's.
+            await store.stats.remote()
             lower = StoreBelow(RemoteKvStore(store), loaded, codec=wanted.codec)
         engine = Engine(
             PackedModel(loaded),

@@ -14,6 +14,7 @@ from typing import Any, cast
 
 import ray
 from ray.actor import ActorHandle
+from ray.exceptions import GetTimeoutError, ObjectLostError, ObjectStoreFullError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors import NAMESPACE
@@ -27,7 +28,7 @@ from memcube.activation.payload import KvPayload
 from memcube.activation.quantise import Arrays
 from memcube.catalog import Catalog
 from memcube.config import Config
-from memcube.errors import BadRequest, Unavailable
+from memcube.errors import BadRequest, StorageFull, Unavailable
 from memcube.ids import CubeId, TenantId
 from memcube.objects import ObjectStore
 from memcube.objects.blocking import BlockingObjects
@@ -62,10 +63,16 @@ class PlasmaArrays:
     """``SharedArrays`` in Ray's object store; a handle is a reference that this process owns."""
 
     def put(self, arrays: Arrays) -> Any:
-        return ray.put(dict(arrays))
+        try:
+            return ray.put(dict(arrays))
+        except ObjectStoreFullError:
+            raise StorageFull("Ray's object store; raise ray.object_store_mb") from None
 
     def get(self, handle: Any) -> Arrays | None:
-        return cast(Mapping[str, Any], ray.get(handle))
+        try:
+            return cast(Mapping[str, Any], ray.get(handle, timeout=CALL_DEADLINE_S))
+        except (ObjectLostError, GetTimeoutError):
+            return None
 
     def drop(self, handle: Any) -> None:
         """The object goes with its last reference."""
@@ -92,7 +99,7 @@ class KvStoreActor:
             self._host = HostMedium(PlasmaArrays())
             media.append((self._host, Retention(config.host_mb * MIB)))
         if config.disk_mb:
-            disk = self._open_disk(folder / "disk", keyring)
+            disk = self._open_disk(folder / "disk" / self._model[:16], keyring)
             media.append((disk, Retention(config.disk_mb * MIB)))
         if config.object_mb:
             objects = ObjectMedium(
@@ -178,7 +185,10 @@ class KvStoreActor:
         return gone
 
     async def close(self) -> None:
-        """Write out what waits; the actor is of no use afterwards."""
+        """Copy to disk what only memory holds; the actor is of no use afterwards."""
+        if self._host is not None:
+            await asyncio.to_thread(self._media.copy_down, time.monotonic())
+        await asyncio.to_thread(self._media.flush)
         await asyncio.to_thread(self._media.close)
         self._catalog.close()
 

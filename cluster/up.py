@@ -155,7 +155,7 @@ def _ray(config: Config) -> Iterator[None]:
         ray.init(
             namespace="memcube",
             include_dashboard=config.ray.dashboard,
-            object_store_memory=config.ray.object_store_mb * 1024 * 1024,
+            object_store_memory=config.object_store_bytes(),
             _temp_dir=str(folder),
             _node_ip_address="127.0.0.1",
             log_to_driver=False,

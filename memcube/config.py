@@ -35,7 +35,9 @@ class RayConfig(_Section):
     """The Ray cluster: ``address`` joins an existing one, none starts a local one."""
 
     address: str | None = None
-    object_store_mb: int = Field(default=256, ge=80)
+    object_store_mb: int | None = Field(
+        default=None, ge=80, description="none is 256 and what activation.host_mb takes"
+    )
     dashboard: bool = False
 
 
@@ -90,8 +92,8 @@ class ActivationConfig(_Section):
     """
 
     actors: int = Field(default=1, ge=0, le=64)
-    device_mb: int = Field(default=1024, ge=64)
-    host_mb: int = Field(default=1024, ge=0)
+    device_mb: int = Field(default=512, ge=64)
+    host_mb: int = Field(default=512, ge=0)
     disk_mb: int = Field(default=8192, ge=0)
     object_mb: int = Field(default=0, ge=0)
     codec: Literal["int8", "raw"] = "int8"
@@ -210,6 +212,11 @@ class Config(_Section):
     retrieval_weights: Path | None = Field(
         default=None, description="a ranker's weights file; none is the one in the package"
     )
+
+    def object_store_bytes(self) -> int:
+        """What Ray's object store may take of memory: messages, and KV payloads in host memory."""
+        host_mb = self.activation.host_mb if self.activation.actors else 0
+        return (self.ray.object_store_mb or 256 + host_mb) * 1024 * 1024
 
     def model_folder(self, environ: Mapping[str, str] = os.environ) -> Path:
         """Where converted models lie. They hold nothing of a user's, so systems share them."""

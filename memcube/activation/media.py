@@ -294,6 +294,21 @@ class MediaHierarchy:
         """
         self._each(lambda medium: medium.flush())
 
+    def copy_down(self, now: float) -> int:
+        """Copy what lies in the nearest medium alone to one below that admits it, most recently used
+        first: what a host's memory holds outlives the process that way. Returns how many were."""
+        with self._lock:
+            alone = [
+                entry
+                for record in reversed(self._levels[0].medium.records())
+                if (entry := self._entries.get(record.key)) is not None and set(entry.at) == {0}
+            ]
+        copied = 0
+        for entry in alone:
+            fetch = partial(self._read, 0, entry.record.key, now)
+            copied += self._place(entry, fetch, 1, len(self._levels), now)
+        return copied
+
     def close(self) -> None:
         for level in self._levels:
             level.medium.close()

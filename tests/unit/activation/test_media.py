@@ -635,3 +635,12 @@ class AnyOrder(RuleBasedStateMachine):
 
 TestAnyOrder = AnyOrder.TestCase
 TestAnyOrder.settings = settings(max_examples=25, stateful_step_count=30, deadline=None)
+
+
+def test_what_only_the_host_holds_is_copied_down_before_it_ends(house):
+    h = house(host=9, disk=9)
+    h.put(*"abc")
+    assert h.media.copy_down(1.0) == 3
+    assert h.media.copy_down(1.0) == 0
+    h.restart()
+    assert all(h.get(key) for key in "abc")
