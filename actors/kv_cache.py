@@ -151,11 +151,6 @@ class KVCacheActor:
         media = await opened.store.stats.remote() if opened.store is not None else []
         return KvStats(engine=opened.engine.stats(), media=media)
 
-    async def sweep(self) -> int:
-        """Drop the KV of cubes that are gone; see ``KvStoreActor.sweep``."""
-        opened = await self._opened()
-        return await opened.store.sweep.remote() if opened.store is not None else 0
-
     async def close(self) -> None:
         """Take what is on the device down to the media, and end."""
         if self._opening is None:
@@ -219,10 +214,6 @@ class RemoteChatModel:
     async def stats(self) -> KvStats:
         call = self._handle.stats.remote()
         return await answer(call, of=self._name, deadline_s=10.0)
-
-    async def sweep(self) -> int:
-        call = self._handle.sweep.remote()
-        return await answer(call, of=self._name, deadline_s=CALL_DEADLINE_S)
 
 
 def spawn_kv_cache_actor(config: Config, *, number: int) -> ActorHandle[Any]:

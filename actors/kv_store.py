@@ -5,10 +5,13 @@ copy. Disk and object store are this process's alone.
 """
 
 import asyncio
+import logging
 import os
+import threading
 import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, cast
 
@@ -37,6 +40,7 @@ from memcube.policies.retention import Item, Retention
 CALL_DEADLINE_S = 30.0
 OPEN_DEADLINE_S = 30.0
 MIB = 1 << 20
+log = logging.getLogger("memcube.kv_store")
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +92,8 @@ class KvStoreActor:
         self._host: HostMedium | None = None
         self._media = self._open()
         self._catalog = Catalog.open(config.catalog_url())
-        self._sweeper: asyncio.Task[None] | None = None
+        self._ending = threading.Event()
+        threading.Thread(target=self._sweep_on, name="sweep", daemon=True).start()
 
     def _open(self) -> MediaHierarchy:
         config = self._config.activation
@@ -166,14 +171,17 @@ class KvStoreActor:
         """How likely a conversation goes on."""
         self._media.hint(group, probability, time.monotonic())
 
-    async def sweep(self) -> int:
-        """Drop the KV of cubes that are gone from the catalog: deleted or expired while this actor,
-        or the one that should have told it, was not there. Returns how many cubes that were."""
-        return await asyncio.to_thread(self._sweep)
+    def _sweep_on(self) -> None:
+        while not self._ending.wait(self._config.activation.sweep_s):
+            try:
+                if gone := self._sweep():
+                    log.info("dropped the KV of %d cubes that are gone", gone)
+            except Exception:
+                log.exception("a sweep failed; the next one tries again")
 
     def _sweep(self) -> int:
-        from datetime import UTC, datetime
-
+        """Drop the KV of cubes that are gone from the catalog: deleted or expired while this actor,
+        or the one that should have told it, was not there. Returns how many cubes that were."""
         gone = 0
         now = datetime.now(UTC)
         for tenant, members in self._media.members().items():
@@ -186,6 +194,7 @@ class KvStoreActor:
 
     async def close(self) -> None:
         """Copy to disk what only memory holds; the actor is of no use afterwards."""
+        self._ending.set()
         if self._host is not None:
             await asyncio.to_thread(self._media.copy_down, time.monotonic())
         await asyncio.to_thread(self._media.flush)
