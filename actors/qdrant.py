@@ -12,10 +12,12 @@ import ray
 from ray.actor import ActorHandle
 
 from actors import NAMESPACE
-from actors.calls import answer
+from actors.calls import answer, pack, unpack
 from actors.embedder import RemoteEmbedder
 from memcube.catalog import Catalog
 from memcube.config import Config
+from memcube.embedding import LocalQueries, open_encoder, resolved
+from memcube.embedding.contract import Embedder
 from memcube.errors import Unavailable
 from memcube.filters import Filter
 from memcube.ids import CubeId, TenantId, digest
@@ -56,7 +58,7 @@ class QdrantActor:
             raise
 
     async def _open(self) -> PlaintextShard:
-        embedder = await RemoteEmbedder.connect(self._embedder)
+        embedder = await self._open_embedder()
         spec = IndexSpec(embedder=embedder.identity, dim=embedder.dim)
         store, location = await self._open_store(spec)
         catalog = Catalog.open(self._config.catalog_url())
@@ -74,6 +76,14 @@ class QdrantActor:
             epoch=epoch,
             location=location,
         )
+
+    async def _open_embedder(self) -> Embedder:
+        embedder = await RemoteEmbedder.connect(self._embedder)
+        config = resolved(self._config.embedder)
+        if config.backend != "onnx":
+            return embedder
+        encoder = open_encoder(config, Path(self._config.data_dir) / "models")
+        return LocalQueries(encoder, embedder)
 
     async def _open_store(self, spec: IndexSpec) -> tuple[PlaintextStore, str]:
         name = digest("index", spec.embedder, spec.dim)[:16]
@@ -111,8 +121,20 @@ class QdrantActor:
     ) -> None:
         await (await self._shard()).set_state(tenant, ids, state, epoch=epoch)
 
-    async def search(self, tenant: TenantId, query: str, **how: Any) -> list[Hit]:
-        return await (await self._shard()).search(tenant, query, **how)
+    async def search(self, asked: bytes) -> bytes:
+        """``PlaintextShard.search``, packed both ways."""
+        tenant, query, where, now, limit, mode, threshold, explain = unpack(asked)
+        hits = await (await self._shard()).search(
+            tenant,
+            query,
+            where=where,
+            now=now,
+            limit=limit,
+            mode=mode,
+            threshold=threshold,
+            explain=explain,
+        )
+        return pack(*hits)
 
     async def versions(self) -> list[tuple[TenantId, CubeId, int]]:
         return await (await self._shard()).versions()
@@ -167,18 +189,8 @@ class RemoteShard:
         threshold: float | None,
         explain: bool,
     ) -> list[Hit]:
-        return await self._answer(
-            self._handle.search.remote(
-                tenant,
-                query,
-                where=where,
-                now=now,
-                limit=limit,
-                mode=mode,
-                threshold=threshold,
-                explain=explain,
-            )
-        )
+        asked = pack(tenant, query, where, now, limit, mode, threshold, explain)
+        return list(unpack(await self._answer(self._handle.search.remote(asked))))
 
     async def versions(self) -> list[tuple[TenantId, CubeId, int]]:
         return await self._answer(self._handle.versions.remote())

@@ -56,11 +56,11 @@ class PlaintextConfig(_Section):
 
 
 class EmbedderConfig(_Section):
-    """The embedder. ``auto`` is torch where there is a GPU and ONNX Runtime elsewhere."""
+    """The embedder. ``auto`` is torch with fp32 where there is a GPU, ONNX Runtime with int8 elsewhere."""
 
     backend: Literal["auto", "onnx", "torch"] = "auto"
     model: str = "all-MiniLM-L6-v2"
-    precision: Literal["fp32", "int8"] = "fp32"
+    precision: Literal["auto", "fp32", "int8"] = "auto"
     threads: int | None = Field(default=None, ge=1, description="none is half of the cores")
     max_tokens: int = Field(default=256, ge=16, le=8192)
     max_waiting_texts: int = Field(default=20_000, ge=1)

@@ -156,8 +156,8 @@ class Access:
         Raises:
             Unauthenticated: unknown, expired or revoked; the three can't be told apart.
         """
-        with self._database.reading() as connection:
-            row = connection.execute(_AUTHENTICATE, {"hash": _hash(secret)}).first()
+        found = self._database.rows(_AUTHENTICATE, {"hash": _hash(secret)})
+        row = found[0] if found else None
         if row is None or row.revoked_at is not None:
             raise Unauthenticated
         if row.expires_at is not None and row.expires_at <= micros(now):

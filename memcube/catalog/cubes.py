@@ -420,12 +420,12 @@ class Cubes:
         if not ids:
             return {}
         found: dict[CubeId, int] = {}
-        with self._database.reading() as connection:
-            for start in range(0, len(ids), _CHUNK):
-                part = list(ids[start : start + _CHUNK])
-                asked = {"tenant": tenant, "ids": part, "now": micros(now)}
-                for row in connection.execute(_LIVE_VERSIONS, asked):
-                    found[CubeId(row.id)] = row.version
+        for start in range(0, len(ids), _CHUNK):
+            part = list(ids[start : start + _CHUNK])
+            asked = {"tenant": tenant, "ids": part, "now": micros(now)}
+            found |= {
+                CubeId(id): version for id, version in self._database.rows(_LIVE_VERSIONS, asked)
+            }
         return found
 
     def find(

@@ -6,6 +6,7 @@ and a feature that is equal for all candidates of a pool can't change their orde
 
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -62,8 +63,7 @@ class Scores(NamedTuple):
     bm25: float
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Candidate:
+class Candidate(NamedTuple):
     """One cube of the pool. ``place`` is None for a cube that is in no thread."""
 
     cube: StoredCube
@@ -125,52 +125,55 @@ def matrix(pool: Pool, reader: TextReader) -> Matrix:
     """Features of shape (number of candidates, len(NAMES))."""
     query, candidates, turns = pool.query, pool.candidates, pool.turns
     facts = [reader.read(c.cube.text) for c in candidates]
-    at = {c.place: f for c, f in zip(candidates, facts, strict=True) if c.place is not None}
+    shared = [own.terms & query.terms for own in facts]
+    at = {c.place: row for row, c in enumerate(candidates) if c.place is not None}
     top = max(pool.best_bm25, 1e-6)
     threads = _Threads(turns, pool.low_cosine)
-    weight = _term_weights(query, facts)
-    covered = [sum(weight[term] for term in own.terms & query.terms) for own in facts]
+    weight = _term_weights(query, shared)
+    covered = [sum([weight[term] for term in terms]) for terms in shared]
     # A word or two that happen to be shared say little of a query that is otherwise unmatched.
     trust = max(covered, default=0.0)
     rows = []
-    for candidate, own in zip(candidates, facts, strict=True):
+    for row, (candidate, own) in enumerate(zip(candidates, facts, strict=True)):
         dense = max((candidate.cosine - pool.low_cosine) / SPREAD, LOWEST_DENSE)
         dense_next = bm25_prev = bm25_prev2 = thread_dense = thread_bm25 = 0.0
-        found, before = own.terms & query.terms, None
-        threaded = candidate.place is not None
-        if candidate.place is not None:
-            thread, seq = candidate.place
+        coverage, before = covered[row], None
+        place = candidate.place
+        if place is not None:
+            thread, seq = place
             if (turn := turns.get((thread, seq + 1))) is not None:
                 dense_next = max((turn.cosine - pool.low_cosine) / SPREAD, 0.0)
             if (turn := turns.get((thread, seq - 1))) is not None:
                 bm25_prev = turn.bm25 / top
             if (turn := turns.get((thread, seq - 2))) is not None:
                 bm25_prev2 = turn.bm25 / top
-            before = at.get((thread, seq - 1))
-            if before is not None:
-                found = found | (before.terms & query.terms)
-            thread_dense, thread_bm25 = threads.support(candidate)
-        payload = candidate.cube.payload
-        speaker = payload.get("speaker")
-        time = payload.get("event_time") or payload.get("created_at")
-        same_month, day_nearness = False, 0.0
-        if query.date is not None and time is not None:
-            same_month = query.date.same_month(time)
-            day_nearness = query.date.day_nearness(time)
+            if (row_before := at.get((thread, seq - 1))) is not None:
+                before = facts[row_before]
+                coverage += sum([weight[term] for term in shared[row_before] - shared[row]])
+            thread_dense, thread_bm25 = threads.support(thread, candidate)
+        speaker, same_month, day_nearness = 0.0, False, 0.0
+        if query.named and (name := candidate.cube.payload.get("speaker")) is not None:
+            speaker = 1.0 if name in query.named else -1.0
+        if query.date is not None:
+            payload = candidate.cube.payload
+            time = payload.get("event_time") or payload.get("created_at")
+            if time is not None:
+                same_month = query.date.same_month(time)
+                day_nearness = query.date.day_nearness(time)
         rows.append(
             (
                 dense,
                 trust * (candidate.bm25 / top) ** 2,
-                sum(weight[term] for term in found),
+                coverage,
                 dense_next,
                 bm25_prev,
                 bm25_prev2,
                 thread_dense / SPREAD,
                 thread_bm25 / top,
-                0.0 if speaker is None or not query.named else 2.0 * (speaker in query.named) - 1.0,
-                threaded and own.is_question,
+                speaker,
+                place is not None and own.is_question,
                 before is not None and before.is_question,
-                min(own.num_names, 3) / 3 if threaded else 0.0,
+                min(own.num_names, 3) / 3 if place is not None else 0.0,
                 query.asks_when and own.has_time,
                 same_month,
                 day_nearness,
@@ -179,15 +182,30 @@ def matrix(pool: Pool, reader: TextReader) -> Matrix:
     return np.array(rows, dtype=np.float64).reshape(len(rows), len(NAMES))
 
 
-def _term_weights(query: Query, facts: Sequence[TextFacts]) -> dict[int, float]:
+def _term_weights(query: Query, shared: Sequence[frozenset[int]]) -> dict[int, float]:
     """Each query term's share of the query: terms that are rare in the pool weigh most, and those
     that it lacks too, so that a query which the pool hardly matches has little coverage."""
-    weights = {
-        term: math.log1p(len(facts) / (sum(term in own.terms for own in facts) + 0.5))
-        for term in query.terms
-    }
+    counts = Counter(term for terms in shared for term in terms)
+    weights = {term: math.log1p(len(shared) / (counts[term] + 0.5)) for term in query.terms}
     total = sum(weights.values())
     return {term: weight / total for term, weight in weights.items()}
+
+
+class _Best:
+    """The best few of a thread's scores, and their mean with one turn's own left out."""
+
+    COUNT = 3
+
+    def __init__(self, scores: list[float]) -> None:
+        best = sorted(scores, reverse=True)[: self.COUNT + 1]
+        self._least = best[self.COUNT - 1] if len(best) > self.COUNT else 0.0
+        self._sum = sum(best)
+        self._mean = sum(best[: self.COUNT]) / self.COUNT
+
+    def without(self, own: float) -> float:
+        if own >= self._least:
+            return max(self._sum - own, 0.0) / self.COUNT
+        return self._mean
 
 
 class _Threads:
@@ -196,32 +214,22 @@ class _Threads:
     With a single thread there is nothing to compare, so all support is 0.
     """
 
-    BEST = 3
-
     def __init__(self, turns: Mapping[Place, Scores], low_cosine: float) -> None:
         self._low = low_cosine
         found: dict[str, tuple[list[float], list[float]]] = {}
-        for (thread, _), scores in turns.items():
-            dense, sparse = found.setdefault(thread, ([], []))
-            dense.append(max(scores.cosine - low_cosine, 0.0))
-            sparse.append(scores.bm25)
-        self._best: dict[str, tuple[list[float], list[float]]] = {}
+        for (thread, _), (cosine, score) in turns.items():
+            if (lists := found.get(thread)) is None:
+                lists = found[thread] = ([], [])
+            lists[0].append(max(cosine - low_cosine, 0.0))
+            lists[1].append(score)
+        self._best: dict[str, tuple[_Best, _Best]] = {}
         if len(found) > 1:
-            for thread, (dense, sparse) in found.items():
-                self._best[thread] = (
-                    sorted(dense, reverse=True)[: self.BEST + 1],
-                    sorted(sparse, reverse=True)[: self.BEST + 1],
-                )
+            self._best = {t: (_Best(dense), _Best(sparse)) for t, (dense, sparse) in found.items()}
 
-    def support(self, candidate: Candidate) -> tuple[float, float]:
+    def support(self, thread: str, candidate: Candidate) -> tuple[float, float]:
         """By cosine above the low one, and by BM25."""
-        if candidate.place is None or candidate.place[0] not in self._best:
+        if (best := self._best.get(thread)) is None:
             return 0.0, 0.0
-        dense, sparse = self._best[candidate.place[0]]
+        dense, sparse = best
         own_dense = max(candidate.cosine - self._low, 0.0)
-        return self._without(dense, own_dense), self._without(sparse, candidate.bm25)
-
-    def _without(self, best: list[float], own: float) -> float:
-        if len(best) <= self.BEST or own >= best[self.BEST - 1]:
-            return max(sum(best) - own, 0.0) / self.BEST
-        return sum(best[: self.BEST]) / self.BEST
+        return dense.without(own_dense), sparse.without(candidate.bm25)

@@ -8,9 +8,9 @@ as calibrated on the training questions.
 
 import functools
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from datetime import datetime, timedelta
 from enum import StrEnum
+from typing import NamedTuple
 
 import numpy as np
 
@@ -43,8 +43,7 @@ class Mode(StrEnum):
     HYBRID = "hybrid"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Hit:
+class Hit(NamedTuple):
     """A cube found. ``score``: cosine, BM25, or the chance that it answers the query.
 
     ``explain``: each feature's part of the hybrid score, and the plain ``cosine`` and ``bm25``.

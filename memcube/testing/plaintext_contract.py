@@ -1,6 +1,7 @@
 """What every plaintext store must do. A store's tests inherit ``PlaintextContract`` and give a
 ``store`` fixture of an empty store of ``SPEC``."""
 
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -361,6 +362,20 @@ class PlaintextContract:
         await store.set_state(A, [one.id, uuid7(NOW)], "activated")
         assert await found(store, {"state": "activated"}) == {"one"}
         assert await found(store, {"state": "generated"}) == {"other"}
+
+    async def test_a_cube_that_was_read_is_read_anew_after_each_change(self, store):
+        first = cube("it was so", state="generated")
+        await store.put([first])
+        (read,) = await store.get(A, [first.id])
+        assert (read.text, read.payload["state"]) == ("it was so", "generated")
+        await store.set_state(A, [first.id], "activated")
+        (read,) = await store.get(A, [first.id])
+        assert read.payload["state"] == "activated"
+        await store.put([replace(first, version=2, text="it is otherwise")])
+        (read,) = await store.get(A, [first.id])
+        assert (read.version, read.text) == (2, "it is otherwise")
+        await store.delete(A, {first.id: 2})
+        assert await store.get(A, [first.id]) == []
 
     async def test_score_slots_agrees_with_both_searches(self, store):
         cubes = [

@@ -20,7 +20,7 @@ from collections import OrderedDict
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import qdrant_edge as qe
@@ -54,6 +54,8 @@ FLUSH_EVERY = 2_000
 SCROLL = 250
 MAX_TOMBSTONES = 200_000
 MAX_PLACES = 200_000
+MAX_READ, MAX_READ_CHARS = 8_192, 4_096
+"""Cubes held as read, and how long the text of one may be: some 40 MiB at most."""
 OPTIMISE_ABOVE = 20_000
 """Points without a graph that are worth one. Below, a tenant's filtered scan is faster anyway."""
 FULL_SCAN_KIB = 10_000
@@ -62,6 +64,9 @@ FULL_SCAN_KIB = 10_000
 _filters = FilterTranslator(qe, positional=True)
 _ID_SLOT = qe.PayloadSelector.Include(["id", "slot"])
 _VERSION = qe.PayloadSelector.Include(["version"])
+
+
+_V = TypeVar("_V")
 
 
 class EdgeStore:
@@ -86,6 +91,9 @@ class EdgeStore:
         self._places: dict[str, tuple[CubeId, int | None]] = {}
         """Id and slot of points lately seen: reading them from payloads is most of a search's time.
         A point's id never changes, its slot only by ``put``."""
+        self._read: dict[str, StoredCube] = {}
+        """Cubes lately read, as they are in the index now: ``_update`` forgets what it changes. Nobody
+        may change a cube that was read."""
         self._left_out = 0
         """Points that the last optimisation left outside a graph, because it was not worth one."""
 
@@ -185,19 +193,24 @@ class EdgeStore:
         if not ids:
             return []
         vectors = [DENSE] if with_vectors else False
+        points = [point_id(tenant, id) for id in ids]
         found: dict[str, StoredCube] = {}
-        points: list[Any] = [point_id(tenant, id) for id in ids]
-        for start in range(0, len(points), SCROLL):
+        if not with_vectors:
+            found = {point: self._read[point] for point in points if point in self._read}
+        unread: list[Any] = [point for point in points if point not in found]
+        for start in range(0, len(unread), SCROLL):
             if start:
                 await asyncio.sleep(0)
-            for record in self._shard.retrieve(points[start : start + SCROLL], True, vectors):
+            for record in self._shard.retrieve(unread[start : start + SCROLL], True, vectors):
                 payload = record.payload  # converted anew at each access
                 if payload is None or payload.get("tenant") != tenant:
                     continue
-                vector = None
+                point, vector = str(record.id), None
                 if with_vectors and isinstance(record.vector, dict):
                     vector = np.asarray(record.vector[DENSE], dtype=np.float32)
-                found[str(record.id)] = stored_cube(payload, vector)
+                found[point] = stored_cube(payload, vector)
+                if vector is None and len(found[point].text) <= MAX_READ_CHARS:
+                    _hold(self._read, point, found[point], MAX_READ)
         return [found[point] for point in points if point in found]
 
     async def search_dense(
@@ -403,6 +416,8 @@ class EdgeStore:
         self._unflushed, self._left_out = 0, self._outside_graph()
 
     def _update(self, operation: qe.UpdateOperation, points: Sequence[str]) -> None:
+        for point in points:
+            self._read.pop(point, None)
         try:
             self._shard.update(operation)
         except Exception as failed:  # noqa: BLE001 - the engine raises bare Exception
@@ -441,9 +456,14 @@ class EdgeStore:
         return [(point, *place) for point, place in found.items() if place is not None]
 
     def _remember(self, point: str, id: CubeId, slot: int | None) -> None:
-        if len(self._places) >= MAX_PLACES and point not in self._places:
-            del self._places[next(iter(self._places))]
-        self._places[point] = id, slot
+        _hold(self._places, point, (id, slot), MAX_PLACES)
+
+
+def _hold(held: dict[str, _V], key: str, value: _V, most: int) -> None:
+    """Keep a value; the one that came first goes where there is no room."""
+    if len(held) >= most and key not in held:
+        del held[next(iter(held))]
+    held[key] = value
 
 
 def _sparse_request(

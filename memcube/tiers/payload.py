@@ -12,6 +12,7 @@ metadata is exact. The engine also reads a float of 17 digits back with an error
 plane (``encodable``), and a NaN compares to nothing: no content can make a put fail.
 """
 
+import functools
 import json
 import re
 import struct
@@ -36,6 +37,7 @@ _DATE = re.compile(r"\d{4}-\d{2}-\d{2}")
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
+@functools.lru_cache(maxsize=65_536)
 def point_id(tenant: TenantId, id: CubeId) -> str:
     """The id of a cube's point. No tenant's put can reach another tenant's point."""
     h = digest("point", tenant, id)

@@ -16,7 +16,7 @@ Invariants (the contract suite in ``memcube.testing.plaintext_contract`` checks 
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -68,8 +68,7 @@ class IndexedCube:
     seq: int | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StoredCube:
+class StoredCube(NamedTuple):
     """A cube as read back from the index. ``vector`` is None unless it was asked for."""
 
     id: CubeId
@@ -79,16 +78,14 @@ class StoredCube:
     vector: Vector | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Scored:
+class Scored(NamedTuple):
     """One candidate: its id and its score (cosine for dense, BM25 for sparse)."""
 
     id: CubeId
     score: float
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SlotScore:
+class SlotScore(NamedTuple):
     """Both scores of the cube at one place of a thread; ``bm25`` is 0 where no term is shared."""
 
     id: CubeId

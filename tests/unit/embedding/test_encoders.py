@@ -8,7 +8,7 @@ import torch
 import transformers
 
 from memcube.config import EmbedderConfig
-from memcube.embedding import open_embedder
+from memcube.embedding import open_embedder, resolved
 from memcube.embedding.contract import Purpose
 from memcube.embedding.model_files import find_model
 from memcube.embedding.onnx import cached_graph
@@ -24,7 +24,7 @@ def cache(tmp_path_factory):
 
 @pytest.fixture
 def onnx(cache):
-    return open_embedder(EmbedderConfig(backend="onnx", threads=1), cache)
+    return open_embedder(EmbedderConfig(backend="onnx", precision="fp32", threads=1), cache)
 
 
 async def test_onnx_and_torch_give_the_same_unit_vectors(onnx, cache):
@@ -84,7 +84,7 @@ def test_two_processes_may_ask_for_the_graph_at_once(cache, tiny):
 
 async def test_a_folder_is_a_model_too_with_its_own_pooling_and_window(cache, tiny):
     config = EmbedderConfig(model=str(tiny), threads=1, max_tokens=512)
-    onnx = open_embedder(config.model_copy(update={"backend": "onnx"}), cache)
+    onnx = open_embedder(config.model_copy(update={"backend": "onnx", "precision": "fp32"}), cache)
     other = open_embedder(config.model_copy(update={"backend": "torch"}), cache)
     assert find_model(str(tiny)).pooling == "cls"
     assert onnx.dim == 32
@@ -112,6 +112,20 @@ def test_a_model_of_a_kind_that_is_not_built_is_refused(tiny, file, content, mes
 def test_a_folder_without_weights_is_refused_with_what_it_lacks(tmp_path):
     with pytest.raises(UnknownBackend, match=r"model\.safetensors"):
         find_model(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ({"backend": "onnx"}, ("onnx", "int8")),
+        ({"backend": "torch"}, ("torch", "fp32")),
+        ({"precision": "int8"}, ("onnx", "int8")),
+        ({"backend": "onnx", "precision": "fp32"}, ("onnx", "fp32")),
+    ],
+)
+def test_what_is_left_to_choose_is_chosen_by_the_backend(given, meant):
+    chosen = resolved(EmbedderConfig(**given))
+    assert (chosen.backend, chosen.precision) == meant
 
 
 def test_int8_is_no_precision_of_torch(cache):
