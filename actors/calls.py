@@ -34,7 +34,8 @@ async def answer(ref: ObjectRef, *, of: str, deadline_s: float) -> Any:
         Unavailable: the actor is dead or out of reach.
     """
     try:
-        return await asyncio.wait_for(asyncio.wrap_future(ref.future()), deadline_s)
+        async with asyncio.timeout(deadline_s):
+            return await asyncio.wrap_future(ref.future())
     except RayTaskError as failed:
         cause = failed.cause
         if isinstance(cause, MemCubeError):

@@ -83,6 +83,7 @@ def spawn_embedder_actor(config: Config) -> ActorHandle[Any]:
             max_concurrency=1000,
             max_restarts=-1,
             max_task_retries=-1,
+            enable_task_events=False,
         )
         .remote(config)
     )

@@ -218,6 +218,7 @@ def spawn_qdrant_actor(
             max_concurrency=1000,
             max_restarts=-1,
             max_task_retries=-1,
+            enable_task_events=False,
         )
         .remote(config, shard, embedder)
     )

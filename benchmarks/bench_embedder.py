@@ -22,7 +22,7 @@ from memcube.embedding.contract import Purpose
 
 COMMAND = "python -m benchmarks.bench_embedder"
 BACKENDS = {
-    "onnx": EmbedderConfig(backend="onnx", threads=1),
+    "onnx": EmbedderConfig(backend="onnx", precision="fp32", threads=1),
     "onnx-int8": EmbedderConfig(backend="onnx", precision="int8", threads=1),
     "torch": EmbedderConfig(backend="torch", threads=1),
 }

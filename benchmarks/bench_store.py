@@ -6,7 +6,7 @@ python -m benchmarks.bench_store
 import asyncio
 import tempfile
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -14,13 +14,17 @@ import numpy as np
 
 from benchmarks.results import Figure, write_results
 from memcube.cube import slot
+from memcube.embedding.contract import Purpose
 from memcube.ids import TenantId, uuid7
+from memcube.retrieval.ranker import Retriever
+from memcube.retrieval.weights import RankerWeights
 from memcube.tiers.edge import EdgeStore
-from memcube.tiers.plaintext import IndexedCube, IndexSpec
+from memcube.tiers.plaintext import IndexedCube, IndexSpec, Vector
 
 DIM = 384
 TENANTS = 50
 QUERIES = 400
+HYBRID = "hybrid search"
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 
 
@@ -53,6 +57,22 @@ def cubes(count: int, generator: np.random.Generator) -> list[IndexedCube]:
             )
         )
     return made
+
+
+def _asked(cube: IndexedCube) -> str:
+    return " ".join(cube.text[:60].split())
+
+
+class _Given:
+    """An embedder that knows the vectors of the queries, so that none is computed."""
+
+    identity, dim = "bench@1", DIM
+
+    def __init__(self, data: list[IndexedCube]) -> None:
+        self._vectors = {_asked(cube): cube.vector for cube in data}
+
+    async def embed(self, texts: Sequence[str], purpose: Purpose) -> Vector:
+        return np.stack([self._vectors[text] for text in texts])
 
 
 async def timed(call: Callable[[int], Awaitable[object]]) -> tuple[float, float]:
@@ -92,23 +112,14 @@ async def measure(count: int) -> dict[str, tuple[float, float]]:
         )
         found["BM25"] = await timed(
             lambda i: store.search_sparse(
-                one(i).tenant, one(i).text[:60], where=None, now=NOW, limit=10
+                one(i).tenant, _asked(one(i)), where=None, now=NOW, limit=10
             )
         )
 
-        async def pool(i: int) -> None:
-            cube = one(i)
-            dense = await store.search_dense(
-                cube.tenant, cube.vector, where=None, now=NOW, limit=100
-            )
-            await store.search_sparse(cube.tenant, cube.text[:60], where=None, now=NOW, limit=100)
-            await store.get(cube.tenant, [hit.id for hit in dense])
-            slots = [slot(cube.tenant, s) for s in range(300)]
-            await store.score_slots(
-                cube.tenant, slots, vector=cube.vector, text=cube.text[:60], where=None, now=NOW
-            )
-
-        found["all calls of a hybrid search"] = await timed(pool)
+        retriever = Retriever(store, _Given(data), RankerWeights.load())
+        found[HYBRID] = await timed(
+            lambda i: retriever.search(one(i).tenant, _asked(one(i)), where=None, now=NOW, limit=10)
+        )
         await store.close()
     return found
 
@@ -116,8 +127,7 @@ async def measure(count: int) -> dict[str, tuple[float, float]]:
 def main() -> None:
     small, large = asyncio.run(measure(10_000)), asyncio.run(measure(100_000))
     figures = []
-    for name in ("dense", "BM25", "all calls of a hybrid search"):
-        hybrid = name.startswith("all")
+    for name in (HYBRID, "dense", "BM25"):
         beside = f"10,000 cubes: p95 {small[name][1]:.2f} ms"
         figures += [
             Figure(name=f"{name}, 100,000 cubes: p50", value=large[name][0], unit="ms"),
@@ -125,14 +135,14 @@ def main() -> None:
                 name=f"{name}, 100,000 cubes: p95",
                 value=large[name][1],
                 unit="ms",
-                goal=None if hybrid else "<= 5",
+                goal="<= 5",
                 beside=beside,
             ),
             Figure(
                 name=f"{name}: p95 at 100,000 over p95 at 10,000",
                 value=large[name][1] / small[name][1],
                 unit="×",
-                goal=None if hybrid else "<= 2",
+                goal="<= 2",
             ),
         ]
     figures.append(Figure(name="put, 100,000 cubes", value=large["put"][0], unit="1/CPU-s"))
