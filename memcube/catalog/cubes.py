@@ -12,6 +12,7 @@ import sqlalchemy as sa
 from memcube.catalog import schema
 from memcube.catalog.engine import Database
 from memcube.catalog.index_book import STALE
+from memcube.catalog.kv_book import drop_rows
 from memcube.catalog.rows import cube_of, row_of, source_row, version_of, version_row
 from memcube.catalog.schema import micros, micros_or_none
 from memcube.cube import Draft, MemCube, Relation, Residency, Scope, Shape, Version, content_hash
@@ -649,6 +650,7 @@ class Cubes:
         if changed:
             entry = version_row(new, author=author, reason=reason)
             connection.execute(sa.insert(_versions), entry)
+            drop_rows(connection, [row["id"]])
             _delete_links(connection, row["id"])
             _write_links(connection, [new | {"parents": []}])
         return cube_of(new)
@@ -708,6 +710,7 @@ class Cubes:
             new["indexed_version"] = STALE
         new["content_hash"] = self._free_hash(connection, new)
         self._save(connection, row, new)
+        drop_rows(connection, [row["id"]])
         return new
 
     @staticmethod
@@ -1044,6 +1047,7 @@ def _wipe(
     for start in range(0, len(rows), _CHUNK):
         ids = [row["id"] for row in rows[start : start + _CHUNK]]
         going = set(ids)
+        drop_rows(connection, ids)
         holders = sa.select(link.c.composite).where(link.c.member.in_(ids))
         query = sa.select(_cubes.c.id, _cubes.c.members).where(_cubes.c.id.in_(holders))
         query = query.order_by(_cubes.c.id).with_for_update()
