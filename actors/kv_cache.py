@@ -21,8 +21,8 @@ from memcube.activation.lower import StoreBelow
 from memcube.activation.media import MediumStats
 from memcube.activation.models import load_model
 from memcube.activation.stats import EngineStats
-from memcube.chat.contract import ChatPiece, ChatPrompt
-from memcube.chat.host import BuildRequest, ChatHost
+from memcube.chat.contract import BuildRequest, ChatPiece, ChatPrompt, KvBytes
+from memcube.chat.host import ChatHost
 from memcube.chat.prompt import PromptBuilder
 from memcube.config import Config
 from memcube.errors import DeadlineExceeded, MemCubeError, Unavailable
@@ -136,14 +136,18 @@ class KVCacheActor:
         """Make all KV unservable that holds one of these cubes, and all of a tenant."""
         return await (await self._opened()).engine.forget(cubes, tenant)
 
-    async def residency(self, cube: str) -> dict[str, int]:
-        """Bytes that hold a cube, by medium."""
+    async def residency(self, cubes: Collection[str]) -> list[KvBytes]:
+        """Bytes that hold any of these cubes, by medium."""
         opened = await self._opened()
-        on_device = await opened.engine.resident_bytes(cube)
-        found = {"device": on_device} if on_device else {}
+        found = {"device": await opened.engine.resident_bytes(cubes)}
         if opened.store is not None:
-            found |= await opened.store.residency.remote(cube)
-        return found
+            found |= await opened.store.residency.remote(cubes)
+        node = opened.info.node
+        return [
+            KvBytes(medium=medium, node=node, num_bytes=num_bytes)
+            for medium, num_bytes in found.items()
+            if num_bytes
+        ]
 
     async def stats(self) -> KvStats:
         """This moment."""
@@ -207,8 +211,8 @@ class RemoteChatModel:
         call = self._handle.forget.remote(list(cubes), tenant)
         return await answer(call, of=self._name, deadline_s=CALL_DEADLINE_S)
 
-    async def residency(self, cube: str) -> dict[str, int]:
-        call = self._handle.residency.remote(cube)
+    async def residency(self, cubes: Collection[str]) -> list[KvBytes]:
+        call = self._handle.residency.remote(list(cubes))
         return await answer(call, of=self._name, deadline_s=CALL_DEADLINE_S)
 
     async def stats(self) -> KvStats:

@@ -159,9 +159,9 @@ class KvStoreActor:
         if tenant is not None:
             await asyncio.to_thread(self._media.delete_tenant, tenant)
 
-    async def residency(self, cube: str) -> dict[str, int]:
-        """Bytes that hold a cube, by medium."""
-        return self._media.residency(cube)
+    async def residency(self, cubes: Collection[str]) -> dict[str, int]:
+        """Bytes that hold any of these cubes, by medium."""
+        return self._media.residency(cubes)
 
     async def stats(self) -> list[MediumStats]:
         """Each medium's bytes and counts."""

@@ -19,6 +19,7 @@ from memcube.catalog import (
     Change,
     Idempotency,
     KeyInfo,
+    KvPlace,
     Lineage,
     Page,
     Principal,
@@ -460,6 +461,20 @@ class MemoryService:
         return await self._run(
             self._catalog.cubes.residency, principal.tenant, parse_cube_id(id), now=self._clock()
         )
+
+    async def mark_kv(
+        self, principal: Principal, cube: MemCube, members: Iterable[MemCube], kv: Sequence[KvPlace]
+    ) -> list[CubeId]:
+        """Note where a cube's KV lies; returns those cubes of it that have moved on since they were
+        read, and then notes nothing."""
+        versions = {one.id: one.version for one in (*members, cube)}
+        return await self._run(
+            self._catalog.kv.mark, principal.tenant, cube.id, versions, kv, now=self._clock()
+        )
+
+    async def drop_kv(self, principal: Principal, ids: Sequence[CubeId]) -> None:
+        """Note that no KV of these cubes lies anywhere."""
+        await self._run(self._catalog.kv.drop, principal.tenant, ids)
 
     async def search(
         self,

@@ -9,11 +9,12 @@ from fastapi import APIRouter, FastAPI, Header, Path, Query, Request
 from fastapi.responses import JSONResponse, PlainTextResponse
 
 from memcube import __version__
-from memcube.catalog import UNSET, Change, Role
+from memcube.catalog import UNSET, Change, Principal, Role
 from memcube.config import Limits
-from memcube.cube import Kind, Relation
+from memcube.cube import Kind, MemCube, Relation, Residency
 from memcube.errors import (
     BadRequest,
+    Conflict,
     Forbidden,
     LimitExceeded,
     MemCubeError,
@@ -243,15 +244,40 @@ async def _get(
     version: Annotated[int | None, Query(ge=1)] = None,
     as_of: Annotated[datetime | None, Query(description="As it was at this time.")] = None,
 ) -> JSONResponse:
-    """A cube, now, at a version, or as it was at a time."""
-    if version is not None and as_of is not None:
-        raise BadRequest("give version or as_of, not both", "version")
-    cube = await here.service.get(who, id, version=version, as_of=requests.utc(as_of, "as_of"))
-    return JSONResponse(views.cube(cube, await here.service.residency(who, id)))
+    """A cube, now, at a version, or as it was at a time. Its `residency` is what the catalog has
+    noted; `GET /v1/cubes/{id}` asks the engines."""
+    cube, noted = await _read(id, who, here, version, as_of)
+    return JSONResponse(views.cube(cube, noted))
 
 
 memories.get("/memories/{id}", response_model=models.CubeOut, summary="Get a memory")(_get)
-cubes.get("/{id}", response_model=models.CubeOut, summary="Get a cube")(_get)
+
+
+@cubes.get("/{id}", response_model=models.CubeOut, summary="Get a cube")
+async def get_cube(
+    id: Key,
+    who: Reader,
+    here: Here,
+    version: Annotated[int | None, Query(ge=1)] = None,
+    as_of: Annotated[datetime | None, Query(description="As it was at this time.")] = None,
+) -> JSONResponse:
+    """A cube, now, at a version, or as it was at a time. Its `residency` says where its payloads lie
+    now: the index's version of it, and the KV that holds it or any of its members, by medium and
+    place, as the engines say. Where none answers within 2 seconds, it is what the last migration
+    noted."""
+    cube, noted = await _read(id, who, here, version, as_of)
+    if here.tier is not None:
+        noted = await here.tier.residency(who, cube, noted)
+    return JSONResponse(views.cube(cube, noted))
+
+
+async def _read(
+    id: str, who: Principal, here: Backend, version: int | None, as_of: datetime | None
+) -> tuple[MemCube, list[Residency]]:
+    if version is not None and as_of is not None:
+        raise BadRequest("give version or as_of, not both", "version")
+    cube = await here.service.get(who, id, version=version, as_of=requests.utc(as_of, "as_of"))
+    return cube, await here.service.residency(who, id)
 
 
 @memories.put("/memories/{id}", response_model=models.CubeOut, summary="Change a memory")
@@ -378,6 +404,18 @@ async def get_members(
 async def set_members(id: Key, body: models.MembersBody, who: Writer, here: Here) -> JSONResponse:
     """As a new version of the composite."""
     return JSONResponse(views.cube(await here.service.set_members(who, id, body.members)))
+
+
+@cubes.post("/{id}/migrate", response_model=models.MigratedOut, summary="Migrate to a tier")
+async def migrate(id: Key, body: models.MigrateBody, who: Writer, here: Here) -> JSONResponse:
+    """`activation`: read the cube (a composite: its members, in their order) now and keep its KV, so
+    that the first chat that names it in `cube_ids` attaches it. `plaintext`: drop all KV that holds
+    it; the text stays. Both may be repeated. Without a chat model it is a `conflict`."""
+    if here.tier is None:
+        await here.service.get(who, id)
+        raise Conflict("there is no activation tier here: start with activation.actors=1")
+    move = here.tier.activate if body.tier == "activation" else here.tier.deactivate
+    return JSONResponse(views.migrated(await move(who, id), body.tier))
 
 
 @cubes.post("/{id}/rollback", response_model=models.CubeOut, summary="Go back to a version")

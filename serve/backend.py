@@ -8,7 +8,10 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any
 
+from memcube.activation.contract import Mode
 from memcube.catalog import Catalog
+from memcube.chat.migration import ActivationTier
+from memcube.chat.router import Router
 from memcube.chat.service import ChatService
 from memcube.config import Config
 from memcube.embedding.contract import Embedder
@@ -35,6 +38,7 @@ class Backend:
     close: Callable[[], Awaitable[None]]
     embedder: Embedder
     chat: ChatService | None = None
+    tier: ActivationTier | None = None
     chat_model: str | None = None
     started_at: int = 0
     """Seconds since 1970; what OpenAI's shape wants of a model."""
@@ -118,6 +122,7 @@ async def open_backend(config: Config) -> Backend:
         changed=forget if engines else None,
     )
     model = (await engines[0].describe()).name if engines else None
+    router = Router(len(engines)) if engines else None
 
     async def status() -> dict[str, Any]:
         from actors.calls import answer
@@ -149,7 +154,10 @@ async def open_backend(config: Config) -> Backend:
         status,
         close,
         embedder,
-        chat=ChatService(service, engines, config.chat) if engines else None,
+        chat=ChatService(service, engines, config.chat, router) if engines else None,
+        tier=ActivationTier(service, engines, router, mode=Mode(config.chat.mode))
+        if router is not None
+        else None,
         chat_model=model,
         started_at=int(_now().timestamp()),
     )

@@ -4,6 +4,7 @@ from datetime import datetime
 from typing import Any
 
 from memcube.catalog import KeyInfo, Lineage, Page
+from memcube.chat.migration import Migrated
 from memcube.cube import MemCube, Residency, Version
 from memcube.retrieval.ranker import Hit
 from memcube.service import AddOutcome
@@ -71,6 +72,31 @@ def cube(cube: MemCube, residency: list[Residency] | None = None) -> dict[str, A
             for r in residency
         ]
     return view
+
+
+def migrated(done: Migrated, tier: str) -> dict[str, Any]:
+    return {
+        "id": done.cube.id,
+        "tier": tier,
+        "version": done.cube.version,
+        "cubes": done.num_cubes,
+        "tokens": done.num_tokens,
+        "built_tokens": done.built_tokens,
+        "size_bytes": sum(place.size_bytes for place in done.kv),
+        "dropped_bytes": done.dropped_bytes,
+        "engine": done.engine,
+        "residency": [
+            {
+                "tier": tier,
+                "medium": place.medium,
+                "location": place.location,
+                "version": done.cube.version,
+                "size_bytes": place.size_bytes,
+                "epoch": 0,
+            }
+            for place in done.kv
+        ],
+    }
 
 
 def added(outcome: AddOutcome) -> dict[str, Any]:

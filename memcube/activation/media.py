@@ -180,11 +180,11 @@ class MediaHierarchy:
             entry = self._entries.get(key)
             return tuple(self._levels[n].medium.name for n in sorted(entry.at)) if entry else ()
 
-    def residency(self, member: str) -> dict[str, int]:
-        """Bytes by medium of the payloads that hold a cube."""
+    def residency(self, members: Collection[str]) -> dict[str, int]:
+        """Bytes by medium of the payloads that hold any of these cubes."""
         found: Counter[str] = Counter()
         with self._lock:
-            for key in self._by_member.get(member, ()):
+            for key in {key for member in members for key in self._by_member.get(member, ())}:
                 for number, size in self._entries[key].at.items():
                     found[self._levels[number].medium.name] += size
         return dict(found)

@@ -46,6 +46,7 @@ MATRIX = {
     ("GET", "/v1/cubes/{id}/versions"): Row(READER),
     ("GET", "/v1/cubes/{id}/members"): Row(READER),
     ("PUT", "/v1/cubes/{id}/members"): Row(WRITER, {"members": []}),
+    ("POST", "/v1/cubes/{id}/migrate"): Row(WRITER, {"tier": "activation"}),
     ("POST", "/v1/cubes/{id}/rollback"): Row(WRITER, {"version": 1}),
     ("POST", "/v1/cubes/{id}/freeze"): Row(WRITER),
     ("POST", "/v1/cubes/{id}/unfreeze"): Row(WRITER),
