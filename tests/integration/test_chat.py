@@ -92,6 +92,45 @@ def test_a_deleted_memory_is_in_no_later_answer(system: SystemProcess, openai: O
     assert used[0]["id"] not in {cube["id"] for cube in later}
 
 
+def about(openai: OpenAI, question: str, *cubes: str) -> dict:
+    """The report of an answer that these cubes were to be used for."""
+    answer = openai.chat.completions.create(
+        model=MODEL,
+        messages=[{"role": "user", "content": question}],
+        max_tokens=4,
+        temperature=0,
+        extra_body={"memory": {"cube_ids": list(cubes), "token_budget": 2048}},
+    )
+    return answer.model_extra["memory"]
+
+
+def test_a_migrated_composite_is_attached_by_its_first_question_until_a_member_goes(
+    system: SystemProcess, openai: OpenAI
+):
+    with MemCubeClient(system.url, system.key) as client:
+        ids = client.add(TURNS, user_id="migrated").ids
+        whole = client.cubes.create(ids, user_id="migrated").id
+        done = client.cubes.migrate(whole, "activation")
+        assert done.cubes == len(TURNS)
+        assert done.built_tokens > 400
+        assert [place.medium for place in done.residency] == ["device"]
+        assert done.size_bytes > 400 * 40_000  # a token's KV has 46,080 bytes
+        told = about(openai, "What is the dog called?", whole)
+        assert {cube["form"] for cube in told["cubes"]} == {"exact_kv"}
+        assert told["tokens_prefilled"] < 100
+        again = client.cubes.migrate(whole, "activation")
+        assert again.built_tokens < 70  # what is behind the last whole block
+        client.delete(ids[0])
+        kv = [p for p in client.cubes.get(whole).residency if p.tier == "activation"]
+        assert kv == []
+        told = about(openai, "What is the dog called?", whole)
+        assert ids[0] not in {cube["id"] for cube in told["cubes"]}
+        assert told["tokens_prefilled"] > 400
+        assert client.cubes.migrate(whole, "activation").built_tokens < 70
+        assert client.cubes.migrate(whole, "plaintext").dropped_bytes > 0
+        assert {p.tier for p in client.cubes.get(ids[1]).residency} == {"plaintext"}
+
+
 def test_a_killed_engine_comes_back_and_answers(system: SystemProcess, openai: OpenAI):
     assert system.kill_one("ray::KVCacheActor") == 1
     patient = openai.with_options(max_retries=10)
