@@ -18,9 +18,8 @@ from memcube.activation.contract import Usage
 from memcube.activation.engine import Engine, EngineLimits
 from memcube.activation.forward import PackedModel
 from memcube.activation.lower import StoreBelow
-from memcube.activation.media import MediumStats
 from memcube.activation.models import load_model
-from memcube.activation.stats import EngineStats
+from memcube.activation.stats import KvStats
 from memcube.chat.contract import BuildRequest, ChatPiece, ChatPrompt, KvBytes
 from memcube.chat.host import ChatHost
 from memcube.chat.prompt import PromptBuilder
@@ -43,14 +42,6 @@ class ModelInfo:
     device: str
     node: str
     why_not: str | None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class KvStats:
-    """One moment of an engine and of its node's media."""
-
-    engine: EngineStats
-    media: list[MediumStats]
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +144,7 @@ class KVCacheActor:
         """This moment."""
         opened = await self._opened()
         media = await opened.store.stats.remote() if opened.store is not None else []
-        return KvStats(engine=opened.engine.stats(), media=media)
+        return KvStats(engine=opened.engine.stats(), media=media, node=opened.info.node)
 
     async def close(self) -> None:
         """Take what is on the device down to the media, and end."""

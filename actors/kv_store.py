@@ -24,11 +24,12 @@ from actors import NAMESPACE
 from memcube.activation.disk import DiskMedium
 from memcube.activation.keyring import Keyring
 from memcube.activation.layout import KvLayout
-from memcube.activation.media import MediaHierarchy, MediumStats
+from memcube.activation.media import MediaHierarchy
 from memcube.activation.medium import HostMedium, Medium
 from memcube.activation.packs import ObjectMedium
 from memcube.activation.payload import KvPayload
 from memcube.activation.quantise import Arrays
+from memcube.activation.stats import MediumStats
 from memcube.catalog import Catalog
 from memcube.config import Config
 from memcube.errors import BadRequest, StorageFull, Unavailable

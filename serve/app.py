@@ -18,15 +18,17 @@ from memcube.errors import (
     Forbidden,
     LimitExceeded,
     MemCubeError,
+    Unauthenticated,
     Unavailable,
 )
 from memcube.ids import TenantId
 from memcube.lifecycle import READABLE
 from memcube.reader.messages import Header as CubeHeader
-from serve import models, openapi, problems, requests, views
+from serve import kv_metrics, models, openapi, problems, requests, views
 from serve.backend import Backend
 from serve.chat import openai as openai_routes
 from serve.dependencies import Admin, Here, Reader, Writer, guarded
+from serve.guard import secret_of
 from serve.metrics import Measured, Metrics
 
 OpenBackend = Callable[[], Awaitable[Backend]]
@@ -526,7 +528,8 @@ async def readyz(here: Here) -> PlainTextResponse:
 
 @system.get("/metrics", summary="Prometheus metrics", response_class=PlainTextResponse)
 async def metrics(request: Request, here: Here) -> PlainTextResponse:
-    """Of this gateway process and the parts it talks to; no tenant is named."""
+    """Of this gateway process and the parts it talks to. No tenant is named but to an operator's key:
+    that also gets the bytes of KV by tenant."""
     measured: Metrics = request.app.state.metrics
     stats = await here.service.total_stats()
     measured.pending_index.set(stats.pending_index)
@@ -536,4 +539,17 @@ async def metrics(request: Request, here: Here) -> PlainTextResponse:
         measured.embedder_waiting.set(parts["embedder"]["waiting"])
         measured.scheduler_rounds.set(parts["scheduler"]["rounds"])
         measured.scheduler_epoch.set(parts["scheduler"]["epoch"] or 0)
-    return PlainTextResponse(measured.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+    engines = [] if here.kv_stats is None else await here.kv_stats()
+    kv = kv_metrics.text(engines, name_tenants=await _is_operators(request, here))
+    return PlainTextResponse(
+        measured.text() + kv, media_type="text/plain; version=0.0.4; charset=utf-8"
+    )
+
+
+async def _is_operators(request: Request, here: Backend) -> bool:
+    """Whether a request to a public route was sent with an operator's key."""
+    try:
+        who = await here.service.authenticate(secret_of(request))
+    except Unauthenticated:
+        return False
+    return who.role.allows(Role.OPERATOR)

@@ -9,7 +9,9 @@ from datetime import UTC, datetime
 from typing import Any
 
 from memcube.activation.contract import Mode
+from memcube.activation.stats import KvStats
 from memcube.catalog import Catalog
+from memcube.chat.contract import KvModel
 from memcube.chat.migration import ActivationTier
 from memcube.chat.router import Router
 from memcube.chat.service import ChatService
@@ -21,6 +23,8 @@ from memcube.indexing import Clock, Indexer
 from memcube.reader import LlmReader, Reader
 from memcube.service import MemoryService
 
+STATS_DEADLINE_S = 2.0
+KvMoments = Callable[[], Awaitable[list[KvStats | None]]]
 Status = Callable[[], Awaitable[dict[str, Any]]]
 
 
@@ -39,9 +43,27 @@ class Backend:
     embedder: Embedder
     chat: ChatService | None = None
     tier: ActivationTier | None = None
+    kv_stats: KvMoments | None = None
+    """What each engine says of itself; None for one that doesn't answer in time."""
+
     chat_model: str | None = None
     started_at: int = 0
     """Seconds since 1970; what OpenAI's shape wants of a model."""
+
+
+def moments_of(models: Sequence[KvModel]) -> KvMoments:
+    """Asks engines, each with a deadline: a dead one takes no scrape along."""
+
+    async def moment(model: KvModel) -> KvStats | None:
+        try:
+            return await asyncio.wait_for(model.stats(), STATS_DEADLINE_S)
+        except (MemCubeError, TimeoutError):
+            return None
+
+    async def all_of_them() -> list[KvStats | None]:
+        return list(await asyncio.gather(*map(moment, models)))
+
+    return all_of_them
 
 
 class UsageBuffer:
@@ -158,6 +180,7 @@ async def open_backend(config: Config) -> Backend:
         tier=ActivationTier(service, engines, router, mode=Mode(config.chat.mode))
         if router is not None
         else None,
+        kv_stats=moments_of(engines) if engines else None,
         chat_model=model,
         started_at=int(_now().timestamp()),
     )

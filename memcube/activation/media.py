@@ -20,7 +20,7 @@ import logging
 import threading
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -33,6 +33,7 @@ from memcube.activation.keyring import Keyring
 from memcube.activation.medium import HostMedium, LocalArrays, Medium, Record, SharedArrays
 from memcube.activation.packs import ObjectMedium, remove_models
 from memcube.activation.payload import KvPayload
+from memcube.activation.stats import MediumStats
 from memcube.errors import LimitExceeded, MemCubeError, Unavailable
 from memcube.ids import TenantId
 from memcube.policies.retention import Item
@@ -43,22 +44,6 @@ PAUSE_S = 30.0
 """How long a medium that failed admits nothing."""
 _STRIPES = 64
 _T = TypeVar("_T")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MediumStats:
-    """One medium's bytes and counts, since it was opened."""
-
-    name: str
-    num_payloads: int
-    used_bytes: int
-    bytes_by_tenant: Mapping[str, int]
-    hits: int
-    hit_tokens: int
-    misses: int
-    events: Mapping[str, int]
-    """``evicted: REASON``, ``refused: REASON``, ``failed: ERROR``, ``lost`` (damaged or vanished)."""
-    load_s_per_mb: float
 
 
 @dataclass(slots=True, eq=False)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from memcube.activation.contract import AdapterRef, FinishReason, Mode, Sampling, Usage
+from memcube.activation.stats import KvStats
 from memcube.ids import CubeId, TenantId
 
 
@@ -127,4 +128,8 @@ class KvModel(ChatModel, Protocol):
 
     async def residency(self, cubes: Collection[str]) -> list[KvBytes]:
         """Bytes of the payloads that hold any of these cubes, each payload counted once a medium."""
+        ...
+
+    async def stats(self) -> KvStats:
+        """This moment."""
         ...

@@ -1,8 +1,10 @@
 """A chat model without a model: it says what it is told, and reports what it was asked."""
 
+from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Collection, Sequence
 
 from memcube.activation.contract import FinishReason, Usage
+from memcube.activation.stats import EngineStats, Histogram, KvStats, MediumStats
 from memcube.chat.contract import (
     BuildRequest,
     ChatPiece,
@@ -29,6 +31,7 @@ class ScriptedModel:
         self.failing: tuple[int, MemCubeError] | None = None
         self.closed_early = 0
         self.down = False
+        self.waiting = 0
         self.on_build: Callable[[], None] | None = None
         self._kv: dict[tuple[str, str], tuple[str, ...]] = {}
         """The cubes of each segment read so far, by salt and text."""
@@ -88,6 +91,48 @@ class ScriptedModel:
         held = [text for (_, text), ids in self._kv.items() if not set(cubes).isdisjoint(ids)]
         size = sum(len(text.split()) for text in held) * BYTES_PER_TOKEN
         return [KvBytes(medium="device", node="node-1", num_bytes=size)] if size else []
+
+    async def stats(self) -> KvStats:
+        """Counts of what was read and attached; the rest is 0."""
+        self._reached()
+        by_tenant: Counter[str] = Counter()
+        for salt, text in self._kv:
+            by_tenant[salt] += len(text.split()) * BYTES_PER_TOKEN
+        ttft = Histogram()
+        ttft.observe(0.01)
+        engine = EngineStats(
+            running=0,
+            waiting=self.waiting,
+            background=0,
+            tokens_per_s=2.5,
+            prefill_tokens_per_s=300.0,
+            steps=0,
+            step_s=0.0,
+            failed_steps=0,
+            prefilled_tokens=30,
+            generated_tokens=len(self.prompts) * len(self.pieces),
+            attached_tokens={"exact": 60, "composed": 10},
+            buffer_bytes=0,
+            pool_bytes=by_tenant.total(),
+            pool_blocks=len(self._kv),
+            bytes_by_tenant=by_tenant,
+            evictions={"capacity": 3, "refused: worth less than what it displaces": 2},
+            finished={"stop": len(self.prompts)},
+            ttft_s={"exact": ttft.shown()},
+            queue_s=ttft.shown(),
+        )
+        disk = MediumStats(
+            name="disk",
+            num_payloads=1,
+            used_bytes=700,
+            bytes_by_tenant={"acme": 700},
+            hits=5,
+            hit_tokens=320,
+            misses=1,
+            events={"evicted: tenant's budget": 4, "lost": 1},
+            load_s_per_mb=0.001,
+        )
+        return KvStats(engine=engine, media=[disk], node="node-1")
 
     def _reached(self) -> None:
         if self.down:

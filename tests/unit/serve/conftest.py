@@ -17,7 +17,7 @@ from memcube.chat.service import ChatService
 from memcube.config import Limits
 from memcube.testing.local import LocalSystem
 from serve.app import create_app
-from serve.backend import Backend
+from serve.backend import Backend, moments_of
 from serve.problems import MEDIA_TYPE
 
 _UNSET: Any = object()
@@ -126,6 +126,7 @@ def _backend_of(system: LocalSystem) -> Backend:
         close=_nothing,
         embedder=system.embedder,
         chat=ChatService(system.service, system.engines, system.config.chat, router),
+        kv_stats=moments_of(system.engines),
         tier=ActivationTier(system.service, system.engines, router, mode=Mode.EXACT),
         chat_model=system.config.model.name,
     )
