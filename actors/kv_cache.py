@@ -14,7 +14,7 @@ from ray.exceptions import RayActorError, RayTaskError
 from actors import NAMESPACE
 from actors.calls import answer
 from actors.kv_store import RemoteKvStore, spawn_kv_store_actor
-from memcube.activation.contract import Usage
+from memcube.activation.contract import KvEngine, Usage
 from memcube.activation.engine import Engine, EngineLimits
 from memcube.activation.forward import PackedModel
 from memcube.activation.lower import StoreBelow
@@ -47,7 +47,7 @@ class ModelInfo:
 @dataclass(frozen=True, slots=True)
 class _Open:
     host: ChatHost
-    engine: Engine
+    engine: KvEngine
     store: Any
     info: ModelInfo
 
@@ -73,6 +73,8 @@ class KVCacheActor:
     async def _open(self) -> _Open:
         config = self._config
         wanted = config.activation
+        if wanted.engine == "vllm":
+            return await self._open_vllm()
         loaded = await asyncio.to_thread(load_model, config.model, config.model_folder())
         node = ray.get_runtime_context().get_node_id()
         store: Any = None
@@ -107,6 +109,21 @@ class KVCacheActor:
         )
         prompts = PromptBuilder(loaded.tokenizer, system=config.chat.system)
         return _Open(ChatHost(engine, prompts), engine, store, info)
+
+    async def _open_vllm(self) -> _Open:
+        from memcube.activation.vllm_engine import open_vllm
+
+        opened = await asyncio.to_thread(open_vllm, self._config)
+        info = ModelInfo(
+            name=self._config.model.name,
+            fingerprint=opened.fingerprint,
+            max_positions=opened.engine.max_positions,
+            device="cuda",
+            node=ray.get_runtime_context().get_node_id(),
+            why_not="vLLM attaches prefixes alone",
+        )
+        prompts = PromptBuilder(opened.tokenizer, system=self._config.chat.system)
+        return _Open(ChatHost(opened.engine, prompts), opened.engine, None, info)
 
     async def describe(self) -> ModelInfo:
         """What runs here; returns when it is loaded."""
@@ -225,7 +242,7 @@ def spawn_kv_cache_actor(config: Config, *, number: int) -> ActorHandle[Any]:
             lifetime="detached",
             get_if_exists=True,
             num_cpus=0,
-            num_gpus=0.7 if on_gpu else 0,
+            num_gpus=_num_gpus(config) if on_gpu else 0,
             max_concurrency=512,
             max_restarts=-1,
             max_task_retries=0,
@@ -233,3 +250,9 @@ def spawn_kv_cache_actor(config: Config, *, number: int) -> ActorHandle[Any]:
         .remote(config)
     )
     return cast(ActorHandle[Any], spawned)
+
+
+def _num_gpus(config: Config) -> float:
+    if config.activation.engine == "vllm":
+        return float(config.activation.vllm.tensor_parallel)
+    return 0.7

@@ -3,8 +3,13 @@
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 
-from memcube.activation.contract import GenerateRequest, Sampling, SegmentRef, Usage
-from memcube.activation.engine import Engine
+from memcube.activation.contract import (
+    GenerateRequest,
+    KvEngine,
+    Sampling,
+    SegmentRef,
+    Usage,
+)
 from memcube.chat.contract import BuildRequest, ChatPiece, ChatPrompt, SegmentUse
 from memcube.chat.prompt import BuiltPrompt, PromptBuilder
 
@@ -12,7 +17,7 @@ from memcube.chat.prompt import BuiltPrompt, PromptBuilder
 class ChatHost:
     """A ``ChatModel`` over one engine."""
 
-    def __init__(self, engine: Engine, prompts: PromptBuilder) -> None:
+    def __init__(self, engine: KvEngine, prompts: PromptBuilder) -> None:
         self._engine = engine
         self._prompts = prompts
 
