@@ -96,10 +96,11 @@ class VllmEngine:
     ) -> None:
         self.max_positions = max_positions
         self._llm = llm
-        self._params = importlib.import_module("vllm.sampling_params")
-        self._tokens_prompt = importlib.import_module("vllm.inputs").TokensPrompt
+        self._vllm = importlib.import_module("vllm")
+        self._delta = importlib.import_module("vllm.sampling_params").RequestOutputKind.DELTA
         self._lora_request = importlib.import_module("vllm.lora.request").LoRARequest
         self._dead = importlib.import_module("vllm.v1.engine.exceptions")
+        self._refused = importlib.import_module("vllm.exceptions").VLLMClientError
         self._max_open = max_running + max_waiting
         self._default_max_tokens = default_max_tokens
         self._adapters = adapters
@@ -220,7 +221,7 @@ class VllmEngine:
     async def _pieces(
         self, run: _Open, request: GenerateRequest, lora: Any, most: int
     ) -> AsyncGenerator[Piece]:
-        prompt = self._tokens_prompt(
+        prompt = self._vllm.TokensPrompt(
             prompt_token_ids=list(request.prompt_ids), cache_salt=self._salt(request)
         )
         answers = self._llm.generate(
@@ -245,7 +246,7 @@ class VllmEngine:
                     return
                 except StopAsyncIteration:
                     raise Unavailable("vLLM left the answer unfinished") from None
-                except ValueError as refused:
+                except (ValueError, self._refused) as refused:
                     raise BadRequest(f"vLLM refuses it: {refused}", "prompt") from None
                 except (self._dead.EngineDeadError, self._dead.EngineGenerateError) as failed:
                     raise Unavailable(f"vLLM failed: {type(failed).__name__}", 5.0) from None
@@ -312,7 +313,7 @@ class VllmEngine:
     def _sampling(self, request: GenerateRequest, most: int) -> Any:
         sampling = request.sampling
         own_stops = request.stop_ids is not None
-        return self._params.SamplingParams(
+        return self._vllm.SamplingParams(
             temperature=sampling.temperature,
             top_p=sampling.top_p,
             seed=sampling.seed,
@@ -320,7 +321,7 @@ class VllmEngine:
             stop=list(request.stop),
             stop_token_ids=sorted(request.stop_ids or ()),
             ignore_eos=own_stops,
-            output_kind=self._params.RequestOutputKind.DELTA,
+            output_kind=self._delta,
         )
 
     def _lora(self, adapter: AdapterRef | None) -> Any:

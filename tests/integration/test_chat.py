@@ -1,6 +1,7 @@
 """The chat, by the official OpenAI client over a running system with the packaged model."""
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -81,6 +82,38 @@ def test_no_kv_crosses_a_tenant(system: SystemProcess, openai: OpenAI):
     ask(openai, "What is the dog called?", "river")
     first = ask(theirs, "What is the dog called?", "river")
     assert first.model_extra["memory"]["tokens_attached"] == 0
+
+
+def test_two_tenants_at_once_get_their_own_memories_and_kv(system: SystemProcess):
+    """The same user and the same questions in both, streamed side by side."""
+    clients, mine = {}, {}
+    for name, dog in (("kennel", "Rex"), ("pound", "Fido")):
+        with MemCubeClient(system.url, system.key) as operator:
+            key = operator.keys.create(name, tenant=name).key
+        with MemCubeClient(system.url, key) as client:
+            text = "On day {} I walked along the river with my old dog {}."
+            added = client.add_batch(
+                [{"text": text.format(n, dog), "user_id": "both"} for n in range(12)]
+            )
+            mine[name] = {id for result in added.results for id in result.ids}
+        clients[name] = OpenAI(base_url=f"{system.url}/v1", api_key=key, max_retries=0, timeout=120)
+
+    def chats(name: str) -> list[dict]:
+        reports = []
+        for question in ("What is the dog called?", "Who walks along the river?"):
+            *_, last = ask(clients[name], question, "both", stream=True)
+            reports.append(last.model_extra["memory"])
+        return reports
+
+    with ThreadPoolExecutor(2) as pool:
+        found = dict(zip(clients, pool.map(chats, clients), strict=True))
+    for name, (first, second) in found.items():
+        assert first["tokens_attached"] == 0
+        assert second["tokens_attached"] > 0
+        for told in (first, second):
+            used = {cube["id"] for cube in told["cubes"]}
+            assert used
+            assert used <= mine[name]
 
 
 def test_a_deleted_memory_is_in_no_later_answer(system: SystemProcess, openai: OpenAI):

@@ -1,6 +1,6 @@
 """The vLLM adapter over a double of vLLM's V1 API: prefix cache with salts, streaming, abort.
 
-The double keeps to what vLLM 0.22 to 0.33 documents of ``AsyncLLM.generate``; real vLLM was not run.
+The double keeps to what the sources of vLLM 0.27 and later say of ``AsyncLLM.generate``; real vLLM was not run.
 """
 
 import asyncio
@@ -38,6 +38,10 @@ class RequestOutputKind(Enum):
     CUMULATIVE = 0
     DELTA = 1
     FINAL_ONLY = 2
+
+
+class VLLMClientError(Exception):
+    pass
 
 
 class EngineDeadError(Exception):
@@ -114,12 +118,13 @@ class FakeLlm:
 def vllm(monkeypatch) -> dict[str, ModuleType]:
     """The double in the place of the package."""
     parts: dict[str, dict[str, Any]] = {
-        "vllm": {"__version__": "0.33.0"},
-        "vllm.sampling_params": {
+        "vllm": {
+            "__version__": "0.33.0",
             "SamplingParams": SimpleNamespace,
-            "RequestOutputKind": RequestOutputKind,
+            "TokensPrompt": dict,
         },
-        "vllm.inputs": {"TokensPrompt": dict},
+        "vllm.sampling_params": {"RequestOutputKind": RequestOutputKind},
+        "vllm.exceptions": {"VLLMClientError": VLLMClientError},
         "vllm.lora": {},
         "vllm.lora.request": {"LoRARequest": SimpleNamespace},
         "vllm.v1": {},
@@ -362,6 +367,7 @@ async def test_more_than_may_wait_is_refused(engine, llm):
     ("failing", "error"),
     [
         (ValueError("too long"), BadRequest),
+        (VLLMClientError("no such thing"), BadRequest),
         (EngineDeadError(), Unavailable),
         (EngineGenerateError(), Unavailable),
     ],
