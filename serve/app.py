@@ -249,7 +249,7 @@ async def _get(
     """A cube, now, at a version, or as it was at a time. Its `residency` is what the catalog has
     noted; `GET /v1/cubes/{id}` asks the engines."""
     cube, noted = await _read(id, who, here, version, as_of)
-    return JSONResponse(views.cube(cube, noted))
+    return JSONResponse(views.cube(cube, noted, whole_locations=_runs_it(who)))
 
 
 memories.get("/memories/{id}", response_model=models.CubeOut, summary="Get a memory")(_get)
@@ -270,7 +270,11 @@ async def get_cube(
     cube, noted = await _read(id, who, here, version, as_of)
     if here.tier is not None:
         noted = await here.tier.residency(who, cube, noted)
-    return JSONResponse(views.cube(cube, noted))
+    return JSONResponse(views.cube(cube, noted, whole_locations=_runs_it(who)))
+
+
+def _runs_it(who: Principal) -> bool:
+    return who.role.allows(Role.OPERATOR)
 
 
 async def _read(
@@ -495,8 +499,13 @@ async def revoke_key(id: Key, who: Admin, here: Here) -> JSONResponse:
     summary="What the system holds and how its parts are",
 )
 async def status(who: Reader, here: Here) -> JSONResponse:
-    """Counts are the tenant's own."""
+    """Counts are the tenant's own. Paths on the hosts are shown to an operator alone."""
     stats = await here.service.stats(who)
+    parts = await here.status()
+    parts["shards"] = [
+        shard | {"location": views.location(shard["location"], whole=_runs_it(who))}
+        for shard in parts["shards"]
+    ]
     return JSONResponse(
         {
             "version": __version__,
@@ -505,7 +514,7 @@ async def status(who: Reader, here: Here) -> JSONResponse:
             "cubes": stats.cubes_by_state,
             "pending_index": stats.pending_index,
             "pending_removal": stats.pending_removal,
-            **await here.status(),
+            **parts,
         }
     )
 

@@ -14,7 +14,14 @@ def moment(value: datetime | None) -> str | None:
     return None if value is None else value.isoformat()
 
 
-def cube(cube: MemCube, residency: list[Residency] | None = None) -> dict[str, Any]:
+def location(of: str, *, whole: bool) -> str:
+    """A payload's place. Where on its host that is, is only for who runs the system."""
+    return of if whole else of.rpartition("/plaintext/")[2]
+
+
+def cube(
+    cube: MemCube, residency: list[Residency] | None = None, *, whole_locations: bool = False
+) -> dict[str, Any]:
     d, g, u = cube.descriptive, cube.governance, cube.usage
     view = {
         "id": cube.id,
@@ -64,7 +71,7 @@ def cube(cube: MemCube, residency: list[Residency] | None = None) -> dict[str, A
             {
                 "tier": r.tier,
                 "medium": r.medium,
-                "location": r.location,
+                "location": location(r.location, whole=whole_locations),
                 "version": r.version,
                 "size_bytes": r.size_bytes,
                 "epoch": r.epoch,
