@@ -222,9 +222,27 @@ class MemoryService:
             raise BadRequest(wrong.what, r.at + wrong.field) from None
 
     async def update(
-        self, principal: Principal, id: str, change: Change, *, expected_version: int | None
+        self,
+        principal: Principal,
+        id: str,
+        change: Change,
+        *,
+        expected_version: int | None,
+        idempotency: Idempotency | None = None,
     ) -> MemCube:
-        """Change a cube; a new version when its content changes."""
+        """Change a cube; a new version when its content changes.
+
+        A repeated Idempotency-Key answers as the first time did, and changes nothing.
+        """
+        if idempotency is not None:
+            before = await self._run(
+                self._catalog.cubes.replayed, principal.tenant, idempotency, now=self._clock()
+            )
+            if before is not None:
+                # The first try may have ended behind its commit. What isn't indexed is pending.
+                (cube,) = (result.cube for result in before.results)
+                await self._forget_kv(principal, [cube.id])
+                return cube
         cube = await self._run(
             self._catalog.cubes.update,
             principal.tenant,
@@ -234,6 +252,7 @@ class MemoryService:
             author=principal.key_id,
             reason="update",
             now=self._clock(),
+            idempotency=idempotency,
         )
         await self._forget_kv(principal, [cube.id])
         return await self._reindexed(principal, cube)
@@ -307,12 +326,21 @@ class MemoryService:
         )
         return await self._reindexed(principal, added.results[0].cube)
 
-    async def set_members(self, principal: Principal, id: str, members: Sequence[str]) -> MemCube:
+    async def set_members(
+        self,
+        principal: Principal,
+        id: str,
+        members: Sequence[str],
+        *,
+        idempotency: Idempotency | None = None,
+    ) -> MemCube:
         """Replace a composite's members, as a new version."""
         if len(members) > self._limits.members:
             raise LimitExceeded("members of a cube", self._limits.members, len(members))
         change = Change(members=tuple(parse_cube_id(member) for member in members))
-        return await self.update(principal, id, change, expected_version=None)
+        return await self.update(
+            principal, id, change, expected_version=None, idempotency=idempotency
+        )
 
     async def fuse(
         self,

@@ -287,7 +287,9 @@ async def _read(
 
 
 @memories.put("/memories/{id}", response_model=models.CubeOut, summary="Change a memory")
-async def update(id: Key, body: models.UpdateBody, who: Writer, here: Here) -> JSONResponse:
+async def update(
+    id: Key, body: models.UpdateBody, who: Writer, here: Here, key: RetryKey = None
+) -> JSONResponse:
     """A new version with what is given changed. With `expected_version`, only if nobody else changed
     it meanwhile."""
     limits = here.config.limits
@@ -309,7 +311,13 @@ async def update(id: Key, body: models.UpdateBody, who: Writer, here: Here) -> J
         tags=UNSET if body.tags is None else tuple(dict.fromkeys(body.tags)),
         expires_at=expires_at if "expires_at" in given else UNSET,
     )
-    cube = await here.service.update(who, id, change, expected_version=body.expected_version)
+    cube = await here.service.update(
+        who,
+        id,
+        change,
+        expected_version=body.expected_version,
+        idempotency=requests.idempotency(key, f"update {id}", body),
+    )
     return JSONResponse(views.cube(cube))
 
 
@@ -407,9 +415,13 @@ async def get_members(
 
 
 @cubes.put("/{id}/members", response_model=models.CubeOut, summary="Replace the members")
-async def set_members(id: Key, body: models.MembersBody, who: Writer, here: Here) -> JSONResponse:
+async def set_members(
+    id: Key, body: models.MembersBody, who: Writer, here: Here, key: RetryKey = None
+) -> JSONResponse:
     """As a new version of the composite."""
-    return JSONResponse(views.cube(await here.service.set_members(who, id, body.members)))
+    idempotency = requests.idempotency(key, f"members {id}", body)
+    cube = await here.service.set_members(who, id, body.members, idempotency=idempotency)
+    return JSONResponse(views.cube(cube))
 
 
 @cubes.post("/{id}/migrate", response_model=models.MigratedOut, summary="Migrate to a tier")

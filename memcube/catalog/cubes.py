@@ -68,10 +68,10 @@ class Idempotency:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AddResult:
-    """What became of one draft. ``version`` is the cube's at that time."""
+    """What became of one draft, or of a change. ``version`` is the cube's at that time."""
 
     cube: MemCube
-    event: Literal["added", "repeated"]
+    event: Literal["added", "repeated", "updated"]
     version: int
 
 
@@ -558,18 +558,28 @@ class Cubes:
         author: str,
         reason: str,
         now: datetime,
+        idempotency: Idempotency | None = None,
     ) -> MemCube:
         """Apply a change. New content is a new version; the same content again changes nothing.
 
         Raises:
             NotFound, Frozen, IllegalMove; VersionMismatch: the cube is not at ``expected_version``.
+            IdempotencyMismatch: the key belongs to another request.
         """
 
         def work(connection: sa.Connection) -> MemCube:
+            if idempotency is not None:
+                before = _replay(connection, tenant, idempotency)
+                if before is not None:
+                    return before.results[0].cube
             row = self._live(connection, tenant, id, now, lock=True)
             if expected_version is not None and row["version"] != expected_version:
                 raise VersionMismatch(id, expected_version, row["version"])
-            return self._apply(connection, row, change, author=author, reason=reason, now=now)
+            cube = self._apply(connection, row, change, author=author, reason=reason, now=now)
+            if idempotency is not None:
+                done = AddResult(cube=cube, event="updated", version=cube.version)
+                _remember(connection, tenant, idempotency, [done], (1,), now)
+            return cube
 
         return self._database.write(work)
 
