@@ -14,15 +14,14 @@ from ray.exceptions import RayActorError, RayTaskError
 from actors import NAMESPACE
 from actors.calls import answer
 from actors.kv_store import RemoteKvStore, spawn_kv_store_actor
-from memcube.activation.contract import Usage
+from memcube.activation.contract import KvEngine, Usage
 from memcube.activation.engine import Engine, EngineLimits
 from memcube.activation.forward import PackedModel
 from memcube.activation.lower import StoreBelow
-from memcube.activation.media import MediumStats
 from memcube.activation.models import load_model
-from memcube.activation.stats import EngineStats
-from memcube.chat.contract import ChatPiece, ChatPrompt
-from memcube.chat.host import BuildRequest, ChatHost
+from memcube.activation.stats import KvStats
+from memcube.chat.contract import BuildRequest, ChatPiece, ChatPrompt, KvBytes
+from memcube.chat.host import ChatHost
 from memcube.chat.prompt import PromptBuilder
 from memcube.config import Config
 from memcube.errors import DeadlineExceeded, MemCubeError, Unavailable
@@ -45,18 +44,10 @@ class ModelInfo:
     why_not: str | None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class KvStats:
-    """One moment of an engine and of its node's media."""
-
-    engine: EngineStats
-    media: list[MediumStats]
-
-
 @dataclass(frozen=True, slots=True)
 class _Open:
     host: ChatHost
-    engine: Engine
+    engine: KvEngine
     store: Any
     info: ModelInfo
 
@@ -82,6 +73,8 @@ class KVCacheActor:
     async def _open(self) -> _Open:
         config = self._config
         wanted = config.activation
+        if wanted.engine == "vllm":
+            return await self._open_vllm()
         loaded = await asyncio.to_thread(load_model, config.model, config.model_folder())
         node = ray.get_runtime_context().get_node_id()
         store: Any = None
@@ -117,6 +110,21 @@ class KVCacheActor:
         prompts = PromptBuilder(loaded.tokenizer, system=config.chat.system)
         return _Open(ChatHost(engine, prompts), engine, store, info)
 
+    async def _open_vllm(self) -> _Open:
+        from memcube.activation.vllm_engine import open_vllm
+
+        opened = await asyncio.to_thread(open_vllm, self._config)
+        info = ModelInfo(
+            name=self._config.model.name,
+            fingerprint=opened.fingerprint,
+            max_positions=opened.engine.max_positions,
+            device="cuda",
+            node=ray.get_runtime_context().get_node_id(),
+            why_not="vLLM attaches prefixes alone",
+        )
+        prompts = PromptBuilder(opened.tokenizer, system=self._config.chat.system)
+        return _Open(ChatHost(opened.engine, prompts), opened.engine, None, info)
+
     async def describe(self) -> ModelInfo:
         """What runs here; returns when it is loaded."""
         return (await self._opened()).info
@@ -136,20 +144,24 @@ class KVCacheActor:
         """Make all KV unservable that holds one of these cubes, and all of a tenant."""
         return await (await self._opened()).engine.forget(cubes, tenant)
 
-    async def residency(self, cube: str) -> dict[str, int]:
-        """Bytes that hold a cube, by medium."""
+    async def residency(self, cubes: Collection[str]) -> list[KvBytes]:
+        """Bytes that hold any of these cubes, by medium."""
         opened = await self._opened()
-        on_device = await opened.engine.resident_bytes(cube)
-        found = {"device": on_device} if on_device else {}
+        found = {"device": await opened.engine.resident_bytes(cubes)}
         if opened.store is not None:
-            found |= await opened.store.residency.remote(cube)
-        return found
+            found |= await opened.store.residency.remote(cubes)
+        node = opened.info.node
+        return [
+            KvBytes(medium=medium, node=node, num_bytes=num_bytes)
+            for medium, num_bytes in found.items()
+            if num_bytes
+        ]
 
     async def stats(self) -> KvStats:
         """This moment."""
         opened = await self._opened()
         media = await opened.store.stats.remote() if opened.store is not None else []
-        return KvStats(engine=opened.engine.stats(), media=media)
+        return KvStats(engine=opened.engine.stats(), media=media, node=opened.info.node)
 
     async def close(self) -> None:
         """Take what is on the device down to the media, and end."""
@@ -207,8 +219,8 @@ class RemoteChatModel:
         call = self._handle.forget.remote(list(cubes), tenant)
         return await answer(call, of=self._name, deadline_s=CALL_DEADLINE_S)
 
-    async def residency(self, cube: str) -> dict[str, int]:
-        call = self._handle.residency.remote(cube)
+    async def residency(self, cubes: Collection[str]) -> list[KvBytes]:
+        call = self._handle.residency.remote(list(cubes))
         return await answer(call, of=self._name, deadline_s=CALL_DEADLINE_S)
 
     async def stats(self) -> KvStats:
@@ -230,7 +242,7 @@ def spawn_kv_cache_actor(config: Config, *, number: int) -> ActorHandle[Any]:
             lifetime="detached",
             get_if_exists=True,
             num_cpus=0,
-            num_gpus=0.7 if on_gpu else 0,
+            num_gpus=_num_gpus(config) if on_gpu else 0,
             max_concurrency=512,
             max_restarts=-1,
             max_task_retries=0,
@@ -238,3 +250,9 @@ def spawn_kv_cache_actor(config: Config, *, number: int) -> ActorHandle[Any]:
         .remote(config)
     )
     return cast(ActorHandle[Any], spawned)
+
+
+def _num_gpus(config: Config) -> float:
+    if config.activation.engine == "vllm":
+        return float(config.activation.vllm.tensor_parallel)
+    return 0.7

@@ -24,11 +24,12 @@ from actors import NAMESPACE
 from memcube.activation.disk import DiskMedium
 from memcube.activation.keyring import Keyring
 from memcube.activation.layout import KvLayout
-from memcube.activation.media import MediaHierarchy, MediumStats
+from memcube.activation.media import MediaHierarchy
 from memcube.activation.medium import HostMedium, Medium
 from memcube.activation.packs import ObjectMedium
 from memcube.activation.payload import KvPayload
 from memcube.activation.quantise import Arrays
+from memcube.activation.stats import MediumStats
 from memcube.catalog import Catalog
 from memcube.config import Config
 from memcube.errors import BadRequest, StorageFull, Unavailable
@@ -159,9 +160,9 @@ class KvStoreActor:
         if tenant is not None:
             await asyncio.to_thread(self._media.delete_tenant, tenant)
 
-    async def residency(self, cube: str) -> dict[str, int]:
-        """Bytes that hold a cube, by medium."""
-        return self._media.residency(cube)
+    async def residency(self, cubes: Collection[str]) -> dict[str, int]:
+        """Bytes that hold any of these cubes, by medium."""
+        return self._media.residency(cubes)
 
     async def stats(self) -> list[MediumStats]:
         """Each medium's bytes and counts."""

@@ -82,15 +82,28 @@ class ModelConfig(_Section):
     allow_download: bool = False
 
 
+class VllmConfig(_Section):
+    """vLLM as the engine. ``lora_rank`` is the largest of an adapter; 0 loads none."""
+
+    gpu_memory_fraction: float = Field(default=0.9, gt=0, le=1)
+    tensor_parallel: int = Field(default=1, ge=1, le=64)
+    max_positions: int | None = Field(default=None, ge=1, description="none is the model's window")
+    lora_rank: int = Field(default=0, ge=0, le=512)
+    max_loras: int = Field(default=8, ge=1)
+
+
 class ActivationConfig(_Section):
     """The activation tier: engines that hold KV, and the media below them.
 
+    ``engine`` is ours on transformers, or vLLM, which has no media below the device of ours.
     ``actors`` are engines, one a GPU or CPU slot; 0 leaves the tier and the chat out. Capacities are
     MiB of one engine (device) or of one node (the others); 0 leaves a medium out. ``object`` is the
     store of ``objects``. ``encrypt`` seals what lies on disk and in the object store with a key of
     the tenant, which goes with the tenant.
     """
 
+    engine: Literal["transformers", "vllm"] = "transformers"
+    vllm: VllmConfig = VllmConfig()
     actors: int = Field(default=1, ge=0, le=64)
     device_mb: int = Field(default=512, ge=64)
     host_mb: int = Field(default=512, ge=0)

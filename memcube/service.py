@@ -19,6 +19,7 @@ from memcube.catalog import (
     Change,
     Idempotency,
     KeyInfo,
+    KvPlace,
     Lineage,
     Page,
     Principal,
@@ -221,9 +222,27 @@ class MemoryService:
             raise BadRequest(wrong.what, r.at + wrong.field) from None
 
     async def update(
-        self, principal: Principal, id: str, change: Change, *, expected_version: int | None
+        self,
+        principal: Principal,
+        id: str,
+        change: Change,
+        *,
+        expected_version: int | None,
+        idempotency: Idempotency | None = None,
     ) -> MemCube:
-        """Change a cube; a new version when its content changes."""
+        """Change a cube; a new version when its content changes.
+
+        A repeated Idempotency-Key answers as the first time did, and changes nothing.
+        """
+        if idempotency is not None:
+            before = await self._run(
+                self._catalog.cubes.replayed, principal.tenant, idempotency, now=self._clock()
+            )
+            if before is not None:
+                # The first try may have ended behind its commit. What isn't indexed is pending.
+                (cube,) = (result.cube for result in before.results)
+                await self._forget_kv(principal, [cube.id])
+                return cube
         cube = await self._run(
             self._catalog.cubes.update,
             principal.tenant,
@@ -233,6 +252,7 @@ class MemoryService:
             author=principal.key_id,
             reason="update",
             now=self._clock(),
+            idempotency=idempotency,
         )
         await self._forget_kv(principal, [cube.id])
         return await self._reindexed(principal, cube)
@@ -306,12 +326,21 @@ class MemoryService:
         )
         return await self._reindexed(principal, added.results[0].cube)
 
-    async def set_members(self, principal: Principal, id: str, members: Sequence[str]) -> MemCube:
+    async def set_members(
+        self,
+        principal: Principal,
+        id: str,
+        members: Sequence[str],
+        *,
+        idempotency: Idempotency | None = None,
+    ) -> MemCube:
         """Replace a composite's members, as a new version."""
         if len(members) > self._limits.members:
             raise LimitExceeded("members of a cube", self._limits.members, len(members))
         change = Change(members=tuple(parse_cube_id(member) for member in members))
-        return await self.update(principal, id, change, expected_version=None)
+        return await self.update(
+            principal, id, change, expected_version=None, idempotency=idempotency
+        )
 
     async def fuse(
         self,
@@ -460,6 +489,20 @@ class MemoryService:
         return await self._run(
             self._catalog.cubes.residency, principal.tenant, parse_cube_id(id), now=self._clock()
         )
+
+    async def mark_kv(
+        self, principal: Principal, cube: MemCube, members: Iterable[MemCube], kv: Sequence[KvPlace]
+    ) -> list[CubeId]:
+        """Note where a cube's KV lies; returns those cubes of it that have moved on since they were
+        read, and then notes nothing."""
+        versions = {one.id: one.version for one in (*members, cube)}
+        return await self._run(
+            self._catalog.kv.mark, principal.tenant, cube.id, versions, kv, now=self._clock()
+        )
+
+    async def drop_kv(self, principal: Principal, ids: Sequence[CubeId]) -> None:
+        """Note that no KV of these cubes lies anywhere."""
+        await self._run(self._catalog.kv.drop, principal.tenant, ids)
 
     async def search(
         self,

@@ -9,23 +9,26 @@ from fastapi import APIRouter, FastAPI, Header, Path, Query, Request
 from fastapi.responses import JSONResponse, PlainTextResponse
 
 from memcube import __version__
-from memcube.catalog import UNSET, Change, Role
+from memcube.catalog import UNSET, Change, Principal, Role
 from memcube.config import Limits
-from memcube.cube import Kind, Relation
+from memcube.cube import Kind, MemCube, Relation, Residency
 from memcube.errors import (
     BadRequest,
+    Conflict,
     Forbidden,
     LimitExceeded,
     MemCubeError,
+    Unauthenticated,
     Unavailable,
 )
 from memcube.ids import TenantId
 from memcube.lifecycle import READABLE
 from memcube.reader.messages import Header as CubeHeader
-from serve import models, openapi, problems, requests, views
+from serve import kv_metrics, models, openapi, problems, requests, views
 from serve.backend import Backend
 from serve.chat import openai as openai_routes
 from serve.dependencies import Admin, Here, Reader, Writer, guarded
+from serve.guard import secret_of
 from serve.metrics import Measured, Metrics
 
 OpenBackend = Callable[[], Awaitable[Backend]]
@@ -243,19 +246,50 @@ async def _get(
     version: Annotated[int | None, Query(ge=1)] = None,
     as_of: Annotated[datetime | None, Query(description="As it was at this time.")] = None,
 ) -> JSONResponse:
-    """A cube, now, at a version, or as it was at a time."""
-    if version is not None and as_of is not None:
-        raise BadRequest("give version or as_of, not both", "version")
-    cube = await here.service.get(who, id, version=version, as_of=requests.utc(as_of, "as_of"))
-    return JSONResponse(views.cube(cube, await here.service.residency(who, id)))
+    """A cube, now, at a version, or as it was at a time. Its `residency` is what the catalog has
+    noted; `GET /v1/cubes/{id}` asks the engines."""
+    cube, noted = await _read(id, who, here, version, as_of)
+    return JSONResponse(views.cube(cube, noted, whole_locations=_runs_it(who)))
 
 
 memories.get("/memories/{id}", response_model=models.CubeOut, summary="Get a memory")(_get)
-cubes.get("/{id}", response_model=models.CubeOut, summary="Get a cube")(_get)
+
+
+@cubes.get("/{id}", response_model=models.CubeOut, summary="Get a cube")
+async def get_cube(
+    id: Key,
+    who: Reader,
+    here: Here,
+    version: Annotated[int | None, Query(ge=1)] = None,
+    as_of: Annotated[datetime | None, Query(description="As it was at this time.")] = None,
+) -> JSONResponse:
+    """A cube, now, at a version, or as it was at a time. Its `residency` says where its payloads lie
+    now: the index's version of it, and the KV that holds it or any of its members, by medium and
+    place, as the engines say. Where none answers within 2 seconds, it is what the last migration
+    noted."""
+    cube, noted = await _read(id, who, here, version, as_of)
+    if here.tier is not None:
+        noted = await here.tier.residency(who, cube, noted)
+    return JSONResponse(views.cube(cube, noted, whole_locations=_runs_it(who)))
+
+
+def _runs_it(who: Principal) -> bool:
+    return who.role.allows(Role.OPERATOR)
+
+
+async def _read(
+    id: str, who: Principal, here: Backend, version: int | None, as_of: datetime | None
+) -> tuple[MemCube, list[Residency]]:
+    if version is not None and as_of is not None:
+        raise BadRequest("give version or as_of, not both", "version")
+    cube = await here.service.get(who, id, version=version, as_of=requests.utc(as_of, "as_of"))
+    return cube, await here.service.residency(who, id)
 
 
 @memories.put("/memories/{id}", response_model=models.CubeOut, summary="Change a memory")
-async def update(id: Key, body: models.UpdateBody, who: Writer, here: Here) -> JSONResponse:
+async def update(
+    id: Key, body: models.UpdateBody, who: Writer, here: Here, key: RetryKey = None
+) -> JSONResponse:
     """A new version with what is given changed. With `expected_version`, only if nobody else changed
     it meanwhile."""
     limits = here.config.limits
@@ -277,7 +311,13 @@ async def update(id: Key, body: models.UpdateBody, who: Writer, here: Here) -> J
         tags=UNSET if body.tags is None else tuple(dict.fromkeys(body.tags)),
         expires_at=expires_at if "expires_at" in given else UNSET,
     )
-    cube = await here.service.update(who, id, change, expected_version=body.expected_version)
+    cube = await here.service.update(
+        who,
+        id,
+        change,
+        expected_version=body.expected_version,
+        idempotency=requests.idempotency(key, f"update {id}", body),
+    )
     return JSONResponse(views.cube(cube))
 
 
@@ -375,9 +415,25 @@ async def get_members(
 
 
 @cubes.put("/{id}/members", response_model=models.CubeOut, summary="Replace the members")
-async def set_members(id: Key, body: models.MembersBody, who: Writer, here: Here) -> JSONResponse:
+async def set_members(
+    id: Key, body: models.MembersBody, who: Writer, here: Here, key: RetryKey = None
+) -> JSONResponse:
     """As a new version of the composite."""
-    return JSONResponse(views.cube(await here.service.set_members(who, id, body.members)))
+    idempotency = requests.idempotency(key, f"members {id}", body)
+    cube = await here.service.set_members(who, id, body.members, idempotency=idempotency)
+    return JSONResponse(views.cube(cube))
+
+
+@cubes.post("/{id}/migrate", response_model=models.MigratedOut, summary="Migrate to a tier")
+async def migrate(id: Key, body: models.MigrateBody, who: Writer, here: Here) -> JSONResponse:
+    """`activation`: read the cube (a composite: its members, in their order) now and keep its KV, so
+    that the first chat that names it in `cube_ids` attaches it. `plaintext`: drop all KV that holds
+    it; the text stays. Both may be repeated. Without a chat model it is a `conflict`."""
+    if here.tier is None:
+        await here.service.get(who, id)
+        raise Conflict("there is no activation tier here: start with activation.actors=1")
+    move = here.tier.activate if body.tier == "activation" else here.tier.deactivate
+    return JSONResponse(views.migrated(await move(who, id), body.tier))
 
 
 @cubes.post("/{id}/rollback", response_model=models.CubeOut, summary="Go back to a version")
@@ -455,8 +511,13 @@ async def revoke_key(id: Key, who: Admin, here: Here) -> JSONResponse:
     summary="What the system holds and how its parts are",
 )
 async def status(who: Reader, here: Here) -> JSONResponse:
-    """Counts are the tenant's own."""
+    """Counts are the tenant's own. Paths on the hosts are shown to an operator alone."""
     stats = await here.service.stats(who)
+    parts = await here.status()
+    parts["shards"] = [
+        shard | {"location": views.location(shard["location"], whole=_runs_it(who))}
+        for shard in parts["shards"]
+    ]
     return JSONResponse(
         {
             "version": __version__,
@@ -465,7 +526,7 @@ async def status(who: Reader, here: Here) -> JSONResponse:
             "cubes": stats.cubes_by_state,
             "pending_index": stats.pending_index,
             "pending_removal": stats.pending_removal,
-            **await here.status(),
+            **parts,
         }
     )
 
@@ -488,7 +549,8 @@ async def readyz(here: Here) -> PlainTextResponse:
 
 @system.get("/metrics", summary="Prometheus metrics", response_class=PlainTextResponse)
 async def metrics(request: Request, here: Here) -> PlainTextResponse:
-    """Of this gateway process and the parts it talks to; no tenant is named."""
+    """Of this gateway process and the parts it talks to. No tenant is named but to an operator's key:
+    that also gets the bytes of KV by tenant."""
     measured: Metrics = request.app.state.metrics
     stats = await here.service.total_stats()
     measured.pending_index.set(stats.pending_index)
@@ -498,4 +560,17 @@ async def metrics(request: Request, here: Here) -> PlainTextResponse:
         measured.embedder_waiting.set(parts["embedder"]["waiting"])
         measured.scheduler_rounds.set(parts["scheduler"]["rounds"])
         measured.scheduler_epoch.set(parts["scheduler"]["epoch"] or 0)
-    return PlainTextResponse(measured.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+    engines = [] if here.kv_stats is None else await here.kv_stats()
+    kv = kv_metrics.text(engines, name_tenants=await _is_operators(request, here))
+    return PlainTextResponse(
+        measured.text() + kv, media_type="text/plain; version=0.0.4; charset=utf-8"
+    )
+
+
+async def _is_operators(request: Request, here: Backend) -> bool:
+    """Whether a request to a public route was sent with an operator's key."""
+    try:
+        who = await here.service.authenticate(secret_of(request))
+    except Unauthenticated:
+        return False
+    return who.role.allows(Role.OPERATOR)

@@ -8,7 +8,12 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any
 
+from memcube.activation.contract import Mode
+from memcube.activation.stats import KvStats
 from memcube.catalog import Catalog
+from memcube.chat.contract import KvModel
+from memcube.chat.migration import ActivationTier
+from memcube.chat.router import Router
 from memcube.chat.service import ChatService
 from memcube.config import Config
 from memcube.embedding.contract import Embedder
@@ -18,6 +23,8 @@ from memcube.indexing import Clock, Indexer
 from memcube.reader import LlmReader, Reader
 from memcube.service import MemoryService
 
+STATS_DEADLINE_S = 2.0
+KvMoments = Callable[[], Awaitable[list[KvStats | None]]]
 Status = Callable[[], Awaitable[dict[str, Any]]]
 
 
@@ -35,9 +42,28 @@ class Backend:
     close: Callable[[], Awaitable[None]]
     embedder: Embedder
     chat: ChatService | None = None
+    tier: ActivationTier | None = None
+    kv_stats: KvMoments | None = None
+    """What each engine says of itself; None for one that doesn't answer in time."""
+
     chat_model: str | None = None
     started_at: int = 0
     """Seconds since 1970; what OpenAI's shape wants of a model."""
+
+
+def moments_of(models: Sequence[KvModel]) -> KvMoments:
+    """Asks engines, each with a deadline: a dead one takes no scrape along."""
+
+    async def moment(model: KvModel) -> KvStats | None:
+        try:
+            return await asyncio.wait_for(model.stats(), STATS_DEADLINE_S)
+        except (MemCubeError, TimeoutError):
+            return None
+
+    async def all_of_them() -> list[KvStats | None]:
+        return list(await asyncio.gather(*map(moment, models)))
+
+    return all_of_them
 
 
 class UsageBuffer:
@@ -118,6 +144,7 @@ async def open_backend(config: Config) -> Backend:
         changed=forget if engines else None,
     )
     model = (await engines[0].describe()).name if engines else None
+    router = Router(len(engines)) if engines else None
 
     async def status() -> dict[str, Any]:
         from actors.calls import answer
@@ -149,7 +176,11 @@ async def open_backend(config: Config) -> Backend:
         status,
         close,
         embedder,
-        chat=ChatService(service, engines, config.chat) if engines else None,
+        chat=ChatService(service, engines, config.chat, router) if engines else None,
+        tier=ActivationTier(service, engines, router, mode=Mode(config.chat.mode))
+        if router is not None
+        else None,
+        kv_stats=moments_of(engines) if engines else None,
         chat_model=model,
         started_at=int(_now().timestamp()),
     )

@@ -52,8 +52,10 @@ async def chat(body: models.ChatBody, who: Reader, here: Here, request: Request)
     # What can be refused is refused before a stream begins: its status is sent with its first byte.
     try:
         first = await anext(answers)
-    except BaseException:
+    except BaseException as refused:
         await answers.aclose()
+        if isinstance(refused, MemCubeError):
+            metrics.chats_refused.labels(refused.code).inc()
         raise
     if body.stream:
         with_usage = body.stream_options is not None and body.stream_options.include_usage

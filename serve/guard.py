@@ -28,7 +28,7 @@ class GuardedRoute(APIRoute):
 
         async def guarded(request: Request) -> Response:
             service = request.app.state.backend.service
-            request.scope["memcube_principal"] = await service.authenticate(_secret(request))
+            request.scope["memcube_principal"] = await service.authenticate(secret_of(request))
             for name in request.query_params:
                 if name not in known:
                     raise BadRequest(f"no such condition; there are: {_listed(known)}", name)
@@ -46,7 +46,12 @@ def _listed(names: set[str]) -> str:
     return ", ".join(sorted(names)) or "none"
 
 
-def _secret(request: Request) -> str:
+def secret_of(request: Request) -> str:
+    """The key that a request was sent with.
+
+    Raises:
+        Unauthenticated: none.
+    """
     given = request.headers.get("x-api-key")
     if given:
         return given.strip()

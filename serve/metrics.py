@@ -63,6 +63,12 @@ class Metrics:
             ("how",),
             registry=self.registry,
         )
+        self.chats_refused = Counter(
+            "memcube_chat_refused_total",
+            "Chats that got no answer, by the code of the problem.",
+            ("code",),
+            registry=self.registry,
+        )
 
     def answered(self, report: Report) -> None:
         """Count a chat's answer."""

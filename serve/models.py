@@ -212,6 +212,14 @@ class FuseBody(Body):
     model_config = _examples({"ids": [_ONE, _TWO], "text": "Ann drinks tea, and coffee at work."})
 
 
+class MigrateBody(Body):
+    """Where the cube's payloads are to be."""
+
+    tier: Literal["activation", "plaintext"]
+
+    model_config = _examples({"tier": "activation"}, {"tier": "plaintext"})
+
+
 class RollbackBody(Body):
     """The version to go back to."""
 
@@ -288,6 +296,21 @@ class CubeOut(BaseModel):
     rate: float
     indexed: bool
     residency: list[ResidencyOut] | None = None
+
+
+class MigratedOut(BaseModel):
+    """What a migration did."""
+
+    id: str
+    tier: Literal["activation", "plaintext"]
+    version: int
+    cubes: int = Field(description="Cubes whose text it is about: itself, or its members.")
+    tokens: int = Field(description="Of the KV that was built or lay there already.")
+    built_tokens: int = Field(description="Of these, computed by this call.")
+    size_bytes: int = Field(description="Of the KV that holds it now, in all media.")
+    dropped_bytes: int
+    engine: int | None
+    residency: list[ResidencyOut]
 
 
 class AddedOut(BaseModel):

@@ -1,6 +1,7 @@
 """Errors as problem+json (RFC 9457), and the limit on bodies."""
 
 import logging
+import re
 import secrets
 from typing import Any
 
@@ -16,6 +17,7 @@ log = logging.getLogger("memcube.gateway")
 MEDIA_TYPE = "application/problem+json"
 MAX_DETAIL = 500
 MAX_FIELD = 200
+_PLAIN = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 
 
 def problem(
@@ -122,7 +124,11 @@ def request_id(request: Request) -> str:
 
 
 class Named:
-    """Names each request, and answers what nobody else answered with a 500 that tells nothing."""
+    """Names each request, and answers what nobody else answered with a 500 that tells nothing.
+
+    A request that comes with an ``x-request-id`` keeps it where it is a plain word: Serve's proxy has
+    given it one, and sends it back with the answer. So only a request without one gets ours in a header.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -131,14 +137,18 @@ class Named:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        id = scope["memcube_request_id"] = secrets.token_hex(8)
+        given = dict(scope["headers"]).get(b"x-request-id")
+        plain = given is not None and _PLAIN.fullmatch(given)
+        id = plain[0].decode() if plain else secrets.token_hex(8)
+        scope["memcube_request_id"] = id
         started = False
 
         async def named(message: Message) -> None:
             nonlocal started
             if message["type"] == "http.response.start":
                 started = True
-                message.setdefault("headers", []).append((b"x-request-id", id.encode()))
+                if given is None:
+                    message.setdefault("headers", []).append((b"x-request-id", id.encode()))
             await send(message)
 
         try:

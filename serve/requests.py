@@ -12,7 +12,7 @@ from memcube.errors import BadRequest, LimitExceeded
 from memcube.filters import parse_filter
 from memcube.reader.messages import Header, Message
 from memcube.service import AddRequest, SearchScope
-from serve.models import AddBody, ContextBody, MessageBody, SearchBody
+from serve.models import AddBody, ContextBody, MessageBody, SearchBody, UpdateBody
 
 MAX_KEY_CHARS = 255
 
@@ -173,5 +173,7 @@ def idempotency(key: str | None, route: str, body: Any) -> Idempotency | None:
         return None
     if not key or len(key) > MAX_KEY_CHARS or not key.isprintable():
         raise BadRequest(f"1 to {MAX_KEY_CHARS} printable characters", "Idempotency-Key")
-    canonical = json.dumps([route, body.model_dump(mode="json")], sort_keys=True)
+    # A change tells a field that is null from one that is left out; an add does not.
+    fields = body.model_dump(mode="json", exclude_unset=isinstance(body, UpdateBody))
+    canonical = json.dumps([route, fields], sort_keys=True)
     return Idempotency(key=key, body_hash=hashlib.sha256(canonical.encode()).hexdigest())

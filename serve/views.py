@@ -4,6 +4,7 @@ from datetime import datetime
 from typing import Any
 
 from memcube.catalog import KeyInfo, Lineage, Page
+from memcube.chat.migration import Migrated
 from memcube.cube import MemCube, Residency, Version
 from memcube.retrieval.ranker import Hit
 from memcube.service import AddOutcome
@@ -13,7 +14,14 @@ def moment(value: datetime | None) -> str | None:
     return None if value is None else value.isoformat()
 
 
-def cube(cube: MemCube, residency: list[Residency] | None = None) -> dict[str, Any]:
+def location(of: str, *, whole: bool) -> str:
+    """A payload's place. Where on its host that is, is only for who runs the system."""
+    return of if whole else of.rpartition("/plaintext/")[2]
+
+
+def cube(
+    cube: MemCube, residency: list[Residency] | None = None, *, whole_locations: bool = False
+) -> dict[str, Any]:
     d, g, u = cube.descriptive, cube.governance, cube.usage
     view = {
         "id": cube.id,
@@ -63,7 +71,7 @@ def cube(cube: MemCube, residency: list[Residency] | None = None) -> dict[str, A
             {
                 "tier": r.tier,
                 "medium": r.medium,
-                "location": r.location,
+                "location": location(r.location, whole=whole_locations),
                 "version": r.version,
                 "size_bytes": r.size_bytes,
                 "epoch": r.epoch,
@@ -71,6 +79,31 @@ def cube(cube: MemCube, residency: list[Residency] | None = None) -> dict[str, A
             for r in residency
         ]
     return view
+
+
+def migrated(done: Migrated, tier: str) -> dict[str, Any]:
+    return {
+        "id": done.cube.id,
+        "tier": tier,
+        "version": done.cube.version,
+        "cubes": done.num_cubes,
+        "tokens": done.num_tokens,
+        "built_tokens": done.built_tokens,
+        "size_bytes": sum(place.size_bytes for place in done.kv),
+        "dropped_bytes": done.dropped_bytes,
+        "engine": done.engine,
+        "residency": [
+            {
+                "tier": tier,
+                "medium": place.medium,
+                "location": place.location,
+                "version": done.cube.version,
+                "size_bytes": place.size_bytes,
+                "epoch": 0,
+            }
+            for place in done.kv
+        ],
+    }
 
 
 def added(outcome: AddOutcome) -> dict[str, Any]:

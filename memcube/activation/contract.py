@@ -4,11 +4,12 @@ The seam is narrow so that another engine can stand behind it: token ids in, pie
 a report of what was attached. Nothing here needs torch.
 """
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, Collection
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import NamedTuple, Protocol
 
+from memcube.activation.stats import EngineStats
 from memcube.errors import BadRequest, LimitExceeded
 
 _MAX_STOPS = 16
@@ -154,7 +155,7 @@ class Piece:
 class Generator(Protocol):
     """An engine as the actor sees it."""
 
-    def generate(self, request: GenerateRequest) -> AsyncIterator[Piece]:
+    def generate(self, request: GenerateRequest) -> AsyncGenerator[Piece]:
         """The answer in pieces. To close the iterator, or to cancel its task, ends the work.
 
         Raises:
@@ -165,4 +166,29 @@ class Generator(Protocol):
                 ``FinishReason.DEADLINE`` instead.
             Unavailable: the engine is closed, or the model failed.
         """
+        ...
+
+
+class KvEngine(Generator, Protocol):
+    """All that the actor asks of an engine: ``engine.Engine`` and ``vllm_engine.VllmEngine``."""
+
+    async def build(self, request: GenerateRequest) -> Usage:
+        """Compute and store the KV of a prompt ahead of any question."""
+        ...
+
+    async def forget(self, cubes: Collection[str] = (), tenant: str | None = None) -> int:
+        """Make all KV unservable that holds one of these cubes, and all of a tenant. When it returns
+        no request attaches them, and none on its way stores such KV where one could."""
+        ...
+
+    async def resident_bytes(self, cubes: Collection[str]) -> int:
+        """The bytes on the device whose KV holds any of these cubes, as far as the engine knows."""
+        ...
+
+    def stats(self) -> EngineStats:
+        """This moment."""
+        ...
+
+    async def close(self, drain_s: float = 0.0) -> None:
+        """Refuse new requests, give the others this time to end, and stop. Idempotent."""
         ...

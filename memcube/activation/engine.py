@@ -177,10 +177,11 @@ class Engine:
         num_blocks = next((i for i, key in enumerate(keys) if key not in self._pool), len(keys))
         return num_blocks * self.limits.block_tokens
 
-    async def resident_bytes(self, cube: str) -> int:
-        """The bytes on the device whose KV holds a cube."""
+    async def resident_bytes(self, cubes: Collection[str]) -> int:
+        """The bytes on the device whose KV holds any of these cubes."""
+        wanted = frozenset(cubes)
         return await self._ask(
-            lambda: sum(b.num_bytes for b in self._pool.blocks() if cube in b.cubes)
+            lambda: sum(b.num_bytes for b in self._pool.blocks() if not wanted.isdisjoint(b.cubes))
         )
 
     def stats(self) -> EngineStats:

@@ -20,7 +20,7 @@ import logging
 import threading
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -33,6 +33,7 @@ from memcube.activation.keyring import Keyring
 from memcube.activation.medium import HostMedium, LocalArrays, Medium, Record, SharedArrays
 from memcube.activation.packs import ObjectMedium, remove_models
 from memcube.activation.payload import KvPayload
+from memcube.activation.stats import MediumStats
 from memcube.errors import LimitExceeded, MemCubeError, Unavailable
 from memcube.ids import TenantId
 from memcube.policies.retention import Item
@@ -43,22 +44,6 @@ PAUSE_S = 30.0
 """How long a medium that failed admits nothing."""
 _STRIPES = 64
 _T = TypeVar("_T")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MediumStats:
-    """One medium's bytes and counts, since it was opened."""
-
-    name: str
-    num_payloads: int
-    used_bytes: int
-    bytes_by_tenant: Mapping[str, int]
-    hits: int
-    hit_tokens: int
-    misses: int
-    events: Mapping[str, int]
-    """``evicted: REASON``, ``refused: REASON``, ``failed: ERROR``, ``lost`` (damaged or vanished)."""
-    load_s_per_mb: float
 
 
 @dataclass(slots=True, eq=False)
@@ -180,11 +165,11 @@ class MediaHierarchy:
             entry = self._entries.get(key)
             return tuple(self._levels[n].medium.name for n in sorted(entry.at)) if entry else ()
 
-    def residency(self, member: str) -> dict[str, int]:
-        """Bytes by medium of the payloads that hold a cube."""
+    def residency(self, members: Collection[str]) -> dict[str, int]:
+        """Bytes by medium of the payloads that hold any of these cubes."""
         found: Counter[str] = Counter()
         with self._lock:
-            for key in self._by_member.get(member, ()):
+            for key in {key for member in members for key in self._by_member.get(member, ())}:
                 for number, size in self._entries[key].at.items():
                     found[self._levels[number].medium.name] += size
         return dict(found)

@@ -129,6 +129,15 @@ def load_model(
     )
 
 
+def local_folder(spec: ModelConfig, cache_dir: Path) -> Path:
+    """The folder with the files of a configuration's model, for another engine to load.
+
+    Raises:
+        UnknownBackend: no such model here.
+    """
+    return _folder(spec, cache_dir)
+
+
 def known_models() -> tuple[str, ...]:
     """The models that come as packages, by name."""
     return tuple(_PACKAGED)

@@ -3,7 +3,7 @@
 import math
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
@@ -126,3 +126,28 @@ class EngineStats:
     finished: Mapping[str, int]
     ttft_s: Mapping[str, HistogramData]
     queue_s: HistogramData
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MediumStats:
+    """One medium's bytes and counts, since it was opened."""
+
+    name: str
+    num_payloads: int
+    used_bytes: int
+    bytes_by_tenant: Mapping[str, int]
+    hits: int
+    hit_tokens: int
+    misses: int
+    events: Mapping[str, int]
+    """``evicted: REASON``, ``refused: REASON``, ``failed: ERROR``, ``lost`` (damaged or vanished)."""
+    load_s_per_mb: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KvStats:
+    """One moment of an engine, and of the media of its node, which its engines share."""
+
+    engine: EngineStats
+    media: Sequence[MediumStats]
+    node: str = ""

@@ -20,11 +20,12 @@ from memcube.catalog.cubes import (
 )
 from memcube.catalog.engine import Database
 from memcube.catalog.index_book import IndexBook, Removal, Stats
+from memcube.catalog.kv_book import KvBook, KvPlace
 from memcube.ids import IdSource, uuid7
 
 
 class Catalog:
-    """One open catalog, by its four parts."""
+    """One open catalog, by its five parts."""
 
     def __init__(self, database: Database, *, new_id: IdSource = uuid7) -> None:
         self._database = database
@@ -32,6 +33,7 @@ class Catalog:
         self.leases = Leases(database)
         self.cubes = Cubes(database, new_id=new_id)
         self.index = IndexBook(database)
+        self.kv = KvBook(database)
 
     @classmethod
     def open(cls, url: str, *, new_id: IdSource = uuid7) -> "Catalog":
@@ -69,6 +71,8 @@ __all__ = [
     "Idempotency",
     "IndexBook",
     "KeyInfo",
+    "KvBook",
+    "KvPlace",
     "Lease",
     "Leases",
     "Lineage",

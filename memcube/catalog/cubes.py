@@ -12,6 +12,7 @@ import sqlalchemy as sa
 from memcube.catalog import schema
 from memcube.catalog.engine import Database
 from memcube.catalog.index_book import STALE
+from memcube.catalog.kv_book import drop_rows
 from memcube.catalog.rows import cube_of, row_of, source_row, version_of, version_row
 from memcube.catalog.schema import micros, micros_or_none
 from memcube.cube import Draft, MemCube, Relation, Residency, Scope, Shape, Version, content_hash
@@ -67,10 +68,10 @@ class Idempotency:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AddResult:
-    """What became of one draft. ``version`` is the cube's at that time."""
+    """What became of one draft, or of a change. ``version`` is the cube's at that time."""
 
     cube: MemCube
-    event: Literal["added", "repeated"]
+    event: Literal["added", "repeated", "updated"]
     version: int
 
 
@@ -557,18 +558,28 @@ class Cubes:
         author: str,
         reason: str,
         now: datetime,
+        idempotency: Idempotency | None = None,
     ) -> MemCube:
         """Apply a change. New content is a new version; the same content again changes nothing.
 
         Raises:
             NotFound, Frozen, IllegalMove; VersionMismatch: the cube is not at ``expected_version``.
+            IdempotencyMismatch: the key belongs to another request.
         """
 
         def work(connection: sa.Connection) -> MemCube:
+            if idempotency is not None:
+                before = _replay(connection, tenant, idempotency)
+                if before is not None:
+                    return before.results[0].cube
             row = self._live(connection, tenant, id, now, lock=True)
             if expected_version is not None and row["version"] != expected_version:
                 raise VersionMismatch(id, expected_version, row["version"])
-            return self._apply(connection, row, change, author=author, reason=reason, now=now)
+            cube = self._apply(connection, row, change, author=author, reason=reason, now=now)
+            if idempotency is not None:
+                done = AddResult(cube=cube, event="updated", version=cube.version)
+                _remember(connection, tenant, idempotency, [done], (1,), now)
+            return cube
 
         return self._database.write(work)
 
@@ -649,6 +660,7 @@ class Cubes:
         if changed:
             entry = version_row(new, author=author, reason=reason)
             connection.execute(sa.insert(_versions), entry)
+            drop_rows(connection, [row["id"]])
             _delete_links(connection, row["id"])
             _write_links(connection, [new | {"parents": []}])
         return cube_of(new)
@@ -708,6 +720,7 @@ class Cubes:
             new["indexed_version"] = STALE
         new["content_hash"] = self._free_hash(connection, new)
         self._save(connection, row, new)
+        drop_rows(connection, [row["id"]])
         return new
 
     @staticmethod
@@ -1044,6 +1057,7 @@ def _wipe(
     for start in range(0, len(rows), _CHUNK):
         ids = [row["id"] for row in rows[start : start + _CHUNK]]
         going = set(ids)
+        drop_rows(connection, ids)
         holders = sa.select(link.c.composite).where(link.c.member.in_(ids))
         query = sa.select(_cubes.c.id, _cubes.c.members).where(_cubes.c.id.in_(holders))
         query = query.order_by(_cubes.c.id).with_for_update()

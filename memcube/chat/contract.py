@@ -1,10 +1,11 @@
 """What goes between the gateway and the actor that has the model."""
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Collection
 from dataclasses import dataclass
 from typing import Protocol
 
 from memcube.activation.contract import AdapterRef, FinishReason, Mode, Sampling, Usage
+from memcube.activation.stats import KvStats
 from memcube.ids import CubeId, TenantId
 
 
@@ -76,6 +77,30 @@ class ChatPiece:
     uses: tuple[SegmentUse, ...] = ()
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BuildRequest:
+    """Memories to read ahead of any question.
+
+    ``mode`` says what is built: in ``EXACT`` the chain behind the default system text, in one that
+    composes each segment apart, where the model can be composed.
+    """
+
+    segments: tuple[MemorySegment, ...]
+    tenant: str
+    salt: str
+    group: str
+    mode: Mode = Mode.EXACT
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KvBytes:
+    """Bytes of KV in a medium of a node: ``device``, ``host``, ``disk`` or ``object``."""
+
+    medium: str
+    node: str
+    num_bytes: int
+
+
 class ChatModel(Protocol):
     """A model that answers, as the gateway sees it."""
 
@@ -87,4 +112,24 @@ class ChatModel(Protocol):
             TooBusy: too much waits; says when to try again.
             Unavailable, DeadlineExceeded: no answer.
         """
+        ...
+
+
+class KvModel(ChatModel, Protocol):
+    """A chat model whose KV can be built, found and dropped by cube."""
+
+    async def build(self, wanted: BuildRequest) -> Usage:
+        """Compute and store the KV of memories, as far as it isn't stored. Idempotent."""
+        ...
+
+    async def forget(self, cubes: Collection[str], tenant: str | None) -> int:
+        """Make all KV unservable that holds one of these cubes, and all of a tenant."""
+        ...
+
+    async def residency(self, cubes: Collection[str]) -> list[KvBytes]:
+        """Bytes of the payloads that hold any of these cubes, each payload counted once a medium."""
+        ...
+
+    async def stats(self) -> KvStats:
+        """This moment."""
         ...

@@ -2,28 +2,22 @@
 
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
 
-from memcube.activation.contract import GenerateRequest, Mode, Sampling, SegmentRef, Usage
-from memcube.activation.engine import Engine
-from memcube.chat.contract import ChatPiece, ChatPrompt, MemorySegment, SegmentUse
+from memcube.activation.contract import (
+    GenerateRequest,
+    KvEngine,
+    Sampling,
+    SegmentRef,
+    Usage,
+)
+from memcube.chat.contract import BuildRequest, ChatPiece, ChatPrompt, SegmentUse
 from memcube.chat.prompt import BuiltPrompt, PromptBuilder
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BuildRequest:
-    """Memories to read ahead of any question."""
-
-    segments: tuple[MemorySegment, ...]
-    tenant: str
-    salt: str
-    group: str
 
 
 class ChatHost:
     """A ``ChatModel`` over one engine."""
 
-    def __init__(self, engine: Engine, prompts: PromptBuilder) -> None:
+    def __init__(self, engine: KvEngine, prompts: PromptBuilder) -> None:
         self._engine = engine
         self._prompts = prompts
 
@@ -67,7 +61,7 @@ class ChatHost:
             tenant=wanted.tenant,
             salt=wanted.salt,
             sampling=Sampling(),
-            mode=Mode.EXACT,
+            mode=wanted.mode,
             segments=built.segments,
             group=wanted.group,
             members=built.members,

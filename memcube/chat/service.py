@@ -18,7 +18,7 @@ from memcube.chat.selection import Packed, fitting, pack, wanted
 from memcube.config import ChatConfig
 from memcube.cube import MemCube
 from memcube.errors import BadRequest, Unavailable
-from memcube.ids import CubeId, digest
+from memcube.ids import CubeId, TenantId, digest
 from memcube.reader.messages import Header, Message
 from memcube.service import AddRequest, MemoryService, SearchScope
 
@@ -87,12 +87,17 @@ class ChatService:
     """Answers chats over engines numbered as the router knows them."""
 
     def __init__(
-        self, memory: MemoryService, models: Sequence[ChatModel], config: ChatConfig
+        self,
+        memory: MemoryService,
+        models: Sequence[ChatModel],
+        config: ChatConfig,
+        router: Router | None = None,
     ) -> None:
+        """``router`` is shared with who else sends work to these models."""
         self._memory = memory
         self._models = models
         self._config = config
-        self._router = Router(len(models))
+        self._router = router or Router(len(models))
 
     async def answer(self, principal: Principal, request: ChatRequest) -> AsyncGenerator[Chunk]:
         """The answer in parts. Closing the iterator ends the work.
@@ -229,14 +234,17 @@ def _group(principal: Principal, request: ChatRequest) -> str:
 
 def _parts(principal: Principal, prompt: ChatPrompt) -> list[Part]:
     """What of a prompt an engine may hold: each segment, and the conversation up to each turn."""
-    parts = [
-        Part(digest("segment", principal.tenant, s.text), len(s.text)) for s in prompt.segments
-    ]
+    parts = segment_parts(principal.tenant, prompt.segments)
     so_far = digest("turns", principal.tenant, *(part.digest for part in parts))
     for turn in prompt.turns:
         so_far = digest("turn", so_far, turn.role, turn.content)
         parts.append(Part(so_far, len(turn.content)))
     return parts
+
+
+def segment_parts(tenant: TenantId, segments: Sequence[MemorySegment]) -> list[Part]:
+    """What of these segments an engine may hold."""
+    return [Part(digest("segment", tenant, s.text), len(s.text)) for s in segments]
 
 
 def _uses(segments: Sequence[MemorySegment], uses: Sequence[SegmentUse]) -> tuple[CubeUse, ...]:

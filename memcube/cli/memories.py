@@ -1,4 +1,4 @@
-"""The commands on memories: add, search, get, list, delete, history, context."""
+"""The commands on memories: add, search, get, list, delete, history, context, migrate."""
 
 import json as json_text
 import sys
@@ -21,6 +21,11 @@ class Mode(StrEnum):
     SPARSE = "sparse"
 
 
+class Tier(StrEnum):
+    ACTIVATION = "activation"
+    PLAINTEXT = "plaintext"
+
+
 class Kind(StrEnum):
     FACT = "fact"
     PREFERENCE = "preference"
@@ -31,7 +36,7 @@ class Kind(StrEnum):
 
 def register(app: typer.Typer) -> None:
     """Add the commands to the application."""
-    for command in (add, search, get, history, delete, context):
+    for command in (add, search, get, history, delete, context, migrate):
         app.command()(command)
     app.command("list")(list_memories)
 
@@ -266,6 +271,29 @@ def context(
         return
     typer.echo(safe(block.context))
     typer.echo(f"{block.num_tokens} of {block.budget} tokens, {len(block.ids)} memories", err=True)
+
+
+def migrate(
+    context: typer.Context,
+    id: Id,
+    tier: Annotated[Tier, typer.Option(help="Where its payloads are to be.")],
+    json: Json = False,
+) -> None:
+    """Build a memory's KV now (activation), or drop it (plaintext). The text stays in any case.
+
+    Example: memcube migrate 0197a1c2-… --tier activation
+    """
+    with context.obj.open() as client:
+        done = client.cubes.migrate(id, tier)
+    if json:
+        print_json(done)
+        return
+    if tier is Tier.PLAINTEXT:
+        typer.echo(f"dropped {done.dropped_bytes:,} bytes of KV")
+        return
+    typer.echo(f"{done.tokens:,} tokens of {done.cubes:,} cubes, {done.built_tokens:,} built now")
+    for place in done.residency:
+        typer.echo(safe(f"    {place.size_bytes:,} bytes  {place.medium}  {place.location}"))
 
 
 def _json_object(text: str | None, option: str) -> dict[str, Any] | None:

@@ -159,6 +159,7 @@ class AsyncCubes:
     compose = sending(calls.compose)
     fuse = sending(calls.fuse)
     versions = sending(calls.versions)
+    migrate = sending(calls.migrate)
     rollback = sending(calls.rollback)
     freeze = sending(calls.freeze)
     unfreeze = sending(calls.unfreeze)

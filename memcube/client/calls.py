@@ -27,6 +27,7 @@ from memcube.client.types import (
     Item,
     Lineage,
     Message,
+    Migrated,
     NewKey,
     Page,
     SearchResult,
@@ -337,6 +338,18 @@ def fuse(
 def versions(id: str) -> Call[History]:
     """All versions of a cube."""
     return _get(f"/v1/cubes/{_part(id)}/versions", _as(History))
+
+
+def migrate(id: str, tier: str) -> Call[Migrated]:
+    """Move a cube to the tier ``activation`` (build its KV now) or back to ``plaintext`` (drop it).
+
+    A build may take longer than one try waits: the next one goes on where it is.
+
+    Raises:
+        Conflict: the server has no activation tier, or the cube holds nothing to build.
+    """
+    path = f"/v1/cubes/{_part(id)}/migrate"
+    return Call(method="POST", path=path, body=_body({"tier": tier}), parse=_as(Migrated))
 
 
 def rollback(id: str, version: int) -> Call[Cube]:

@@ -172,6 +172,7 @@ class Cubes:
     compose = sending(calls.compose)
     fuse = sending(calls.fuse)
     versions = sending(calls.versions)
+    migrate = sending(calls.migrate)
     rollback = sending(calls.rollback)
     freeze = sending(calls.freeze)
     unfreeze = sending(calls.unfreeze)

@@ -190,6 +190,22 @@ class Cube:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Migrated:
+    """What a migration did. ``built_tokens`` of ``tokens`` were computed by it."""
+
+    id: str
+    tier: str
+    version: int
+    cubes: int
+    tokens: int
+    built_tokens: int
+    size_bytes: int
+    dropped_bytes: int
+    engine: int | None = None
+    residency: tuple[Residency, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Page:
     """Some cubes, newest first. ``next_cursor`` asks for the next page; None is the last one."""
 

@@ -169,6 +169,14 @@ class FakeApi:
                 return httpx.Response(200, json=cube)
             case ["GET", "history" | "versions"]:
                 return httpx.Response(200, json={"versions": [cube]})
+            case ["POST", "migrate"]:
+                tokens = len(cube["text"].split()) if body["tier"] == "activation" else 0
+                told = {"tokens": tokens, "built_tokens": tokens, "size_bytes": 9 * tokens}
+                told |= {"id": id, "version": cube["version"], "cubes": 1, "dropped_bytes": 0}
+                place = {"tier": "activation", "medium": "device", "location": "node/engine-0"}
+                place |= {"version": cube["version"], "size_bytes": 9 * tokens, "epoch": 0}
+                told["residency"] = [place] if tokens else []
+                return httpx.Response(200, json={**told, "tier": body["tier"]})
             case ["POST", "freeze" | "unfreeze" as verb]:
                 cube["frozen"] = verb == "freeze"
                 return httpx.Response(200, json=cube)

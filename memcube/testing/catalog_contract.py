@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import pytest
 from sqlalchemy import event
 
-from memcube.catalog import Added, Catalog, Change, Idempotency, Role
+from memcube.catalog import Added, Catalog, Change, Idempotency, KvPlace, Role
 from memcube.catalog.cubes import IDEMPOTENCY_KEPT_S, MAX_NESTING, MAX_SOURCES
 from memcube.catalog.schema import metadata
 from memcube.cube import Draft, MemCube, Parent, Relation, Shape, Source
@@ -80,6 +80,21 @@ def index(catalog: Catalog, *cubes: MemCube, version: int | None = None) -> None
 
 def pending(catalog: Catalog, *, limit: int = 100) -> list[CubeId]:
     return [c.id for c in catalog.index.pending(shard=0, before=NOW + 9 * DAY, limit=limit)]
+
+
+def mark_kv(catalog: Catalog, cube: MemCube, *members: MemCube) -> list[CubeId]:
+    """Note that a cube's KV, built of these members, lies on a device."""
+    versions = {one.id: one.version for one in (cube, *members)}
+    places = [KvPlace(medium="device", location="node-1/engine-0", size_bytes=7)]
+    return catalog.kv.mark(cube.tenant, cube.id, versions, places, now=NOW)
+
+
+def kv_of(catalog: Catalog, cube: MemCube) -> list[tuple[str, str, int, int]]:
+    return [
+        (place.medium, place.location, place.version, place.size_bytes)
+        for place in catalog.cubes.residency(cube.tenant, cube.id, now=NOW)
+        if place.tier == "activation"
+    ]
 
 
 def removals(catalog: Catalog) -> list[CubeId]:
@@ -970,6 +985,62 @@ class CatalogContract:
         old = catalog.index.pending(shard=0, before=at(3), limit=10)
         assert [c.id for c in old] == ids[:3]
         assert catalog.index.pending(shard=1, before=at(9), limit=10) == []
+
+    # -- the activation tier's bookkeeping -----------------------------------------------------
+
+    def test_kv_is_noted_once_and_by_its_own_cube(self, catalog: Catalog):
+        leaf = add_one(catalog)
+        whole = composite(catalog, leaf.id)
+        for _ in range(2):
+            assert mark_kv(catalog, whole, leaf) == []
+        assert kv_of(catalog, whole) == [("device", "node-1/engine-0", 1, 7)]
+        assert kv_of(catalog, leaf) == []
+        catalog.kv.drop(A, [whole.id])
+        assert kv_of(catalog, whole) == []
+
+    @pytest.mark.parametrize("how", ["update", "archive", "delete", "members", "drop", "fuse"])
+    def test_kv_is_noted_no_more_once_a_member_at_any_depth_is_changed(
+        self, catalog: Catalog, how: str
+    ):
+        leaf, other = add_one(catalog, "tea"), add_one(catalog, "milk")
+        inner = composite(catalog, leaf.id)
+        whole = composite(catalog, inner.id, other.id)
+        apart = composite(catalog, other.id)
+        mark_kv(catalog, whole, inner, leaf, other)
+        mark_kv(catalog, apart, other)
+        mark_kv(catalog, leaf)
+        if how == "update":
+            update(catalog, leaf.id, text="coffee")
+        elif how == "archive":
+            catalog.cubes.transition(A, leaf.id, Event.ARCHIVE, author="key", now=NOW)
+        elif how == "delete":
+            catalog.cubes.delete(A, leaf.id, now=NOW)
+        elif how == "members":
+            update(catalog, inner.id, members=())
+        elif how == "fuse":
+            third = add_one(catalog, "bread")
+            catalog.cubes.fuse(A, [leaf.id, third.id], Draft(text="both"), author="key", now=NOW)
+        else:
+            catalog.kv.drop(A, [leaf.id])
+        assert kv_of(catalog, whole) == []
+        assert kv_of(catalog, apart) != []
+        if how != "delete":
+            assert bool(kv_of(catalog, leaf)) == (how == "members")
+
+    def test_kv_of_what_has_moved_on_is_not_noted(self, catalog: Catalog):
+        leaf = add_one(catalog)
+        whole = composite(catalog, leaf.id)
+        foreign = add_one(catalog, tenant=B)
+        update(catalog, leaf.id, text="coffee")
+        assert mark_kv(catalog, whole, leaf) == [leaf.id]
+        assert mark_kv(catalog, whole, foreign) == [foreign.id]
+        assert kv_of(catalog, whole) == []
+
+    def test_a_foreign_cubes_kv_stays_noted(self, catalog: Catalog):
+        foreign = add_one(catalog, tenant=B)
+        mark_kv(catalog, foreign)
+        catalog.kv.drop(A, [foreign.id])
+        assert kv_of(catalog, foreign) != []
 
     def test_a_composite_without_text_is_never_pending(self, catalog: Catalog):
         leaf = add_one(catalog)

@@ -1,5 +1,6 @@
 """A whole system in one process, without Ray or HTTP: SQLite, stores in memory, a manual clock."""
 
+import contextlib
 import shutil
 import sqlite3
 from collections.abc import Callable, Mapping, Sequence
@@ -20,6 +21,7 @@ from memcube.reconcile import Reconciler, Report
 from memcube.retrieval.ranker import Hit, Retriever
 from memcube.retrieval.weights import RankerWeights
 from memcube.service import MemoryService
+from memcube.testing.chat import ScriptedModel
 from memcube.testing.embedding import HashEmbedder
 from memcube.tiers.memory import MemoryStore
 from memcube.tiers.plaintext import IndexedCube, IndexSpec
@@ -116,7 +118,7 @@ def _do_not_wait(connection: sqlite3.Connection, _record: object) -> None:
 class LocalSystem:
     """The parts, wired as the gateway and the scheduler wire them.
 
-    ``uses`` holds what searches told of their use, until ``reconcile`` counts it.
+    ``engines`` may be replaced before they are used; ``uses`` holds what searches told of their use, until ``reconcile`` counts it.
     """
 
     clock: ManualClock
@@ -127,6 +129,7 @@ class LocalSystem:
     service: MemoryService
     reconciler: Reconciler
     config: Config
+    engines: list[ScriptedModel]
     uses: dict[TenantId, dict[CubeId, int]] = field(default_factory=dict)
 
     @classmethod
@@ -159,6 +162,13 @@ class LocalSystem:
             for id in ids:
                 counts[id] = counts.get(id, 0) + 1
 
+        engines = [ScriptedModel()]
+
+        async def changed(tenant: TenantId, ids: Sequence[CubeId]) -> None:
+            for engine in engines:
+                with contextlib.suppress(Unavailable):
+                    await engine.forget(ids, None)
+
         service = MemoryService(
             catalog,
             Reader(config.reader, llm),
@@ -167,6 +177,7 @@ class LocalSystem:
             clock=clock,
             limits=config.limits,
             used=used,
+            changed=changed,
         )
         # The scheduler is another process with an indexer of its own.
         reconciler = Reconciler(
@@ -176,7 +187,9 @@ class LocalSystem:
             config.scheduler,
             num_shards=len(shards),
         )
-        return cls(clock, catalog, embedder, shards, indexer, service, reconciler, config, uses)
+        return cls(
+            clock, catalog, embedder, shards, indexer, service, reconciler, config, engines, uses
+        )
 
     def close(self) -> None:
         """Release the catalog, whose folder is thrown away: its log is not folded in."""

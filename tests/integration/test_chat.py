@@ -1,6 +1,7 @@
 """The chat, by the official OpenAI client over a running system with the packaged model."""
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -83,6 +84,38 @@ def test_no_kv_crosses_a_tenant(system: SystemProcess, openai: OpenAI):
     assert first.model_extra["memory"]["tokens_attached"] == 0
 
 
+def test_two_tenants_at_once_get_their_own_memories_and_kv(system: SystemProcess):
+    """The same user and the same questions in both, streamed side by side."""
+    clients, mine = {}, {}
+    for name, dog in (("kennel", "Rex"), ("pound", "Fido")):
+        with MemCubeClient(system.url, system.key) as operator:
+            key = operator.keys.create(name, tenant=name).key
+        with MemCubeClient(system.url, key) as client:
+            text = "On day {} I walked along the river with my old dog {}."
+            added = client.add_batch(
+                [{"text": text.format(n, dog), "user_id": "both"} for n in range(12)]
+            )
+            mine[name] = {id for result in added.results for id in result.ids}
+        clients[name] = OpenAI(base_url=f"{system.url}/v1", api_key=key, max_retries=0, timeout=120)
+
+    def chats(name: str) -> list[dict]:
+        reports = []
+        for question in ("What is the dog called?", "Who walks along the river?"):
+            *_, last = ask(clients[name], question, "both", stream=True)
+            reports.append(last.model_extra["memory"])
+        return reports
+
+    with ThreadPoolExecutor(2) as pool:
+        found = dict(zip(clients, pool.map(chats, clients), strict=True))
+    for name, (first, second) in found.items():
+        assert first["tokens_attached"] == 0
+        assert second["tokens_attached"] > 0
+        for told in (first, second):
+            used = {cube["id"] for cube in told["cubes"]}
+            assert used
+            assert used <= mine[name]
+
+
 def test_a_deleted_memory_is_in_no_later_answer(system: SystemProcess, openai: OpenAI):
     with MemCubeClient(system.url, system.key) as client:
         client.add(TURNS, user_id="forgetful")
@@ -90,6 +123,47 @@ def test_a_deleted_memory_is_in_no_later_answer(system: SystemProcess, openai: O
         client.delete(used[0]["id"])
     later = ask(openai, "What is the dog called?", "forgetful").model_extra["memory"]["cubes"]
     assert used[0]["id"] not in {cube["id"] for cube in later}
+
+
+def about(openai: OpenAI, question: str, *cubes: str) -> dict:
+    """The report of an answer that these cubes were to be used for."""
+    answer = openai.chat.completions.create(
+        model=MODEL,
+        messages=[{"role": "user", "content": question}],
+        max_tokens=4,
+        temperature=0,
+        extra_body={"memory": {"cube_ids": list(cubes), "token_budget": 2048}},
+    )
+    return answer.model_extra["memory"]
+
+
+def test_a_migrated_composite_is_attached_by_its_first_question_until_a_member_goes(
+    system: SystemProcess, openai: OpenAI
+):
+    # Words of its own: the same text of another user's would share its KV.
+    turns = [turn | {"content": turn["content"].replace("Rex", "Bello")} for turn in TURNS]
+    with MemCubeClient(system.url, system.key) as client:
+        ids = client.add(turns, user_id="migrated").ids
+        whole = client.cubes.create(ids, user_id="migrated").id
+        done = client.cubes.migrate(whole, "activation")
+        assert done.cubes == len(TURNS)
+        assert done.built_tokens > 400
+        assert [place.medium for place in done.residency] == ["device"]
+        assert done.size_bytes > 400 * 40_000  # a token's KV has 46,080 bytes
+        told = about(openai, "What is the dog called?", whole)
+        assert {cube["form"] for cube in told["cubes"]} == {"exact_kv"}
+        assert told["tokens_prefilled"] < 100
+        again = client.cubes.migrate(whole, "activation")
+        assert again.built_tokens < 70  # what is behind the last whole block
+        client.delete(ids[0])
+        kv = [p for p in client.cubes.get(whole).residency if p.tier == "activation"]
+        assert kv == []
+        told = about(openai, "What is the dog called?", whole)
+        assert ids[0] not in {cube["id"] for cube in told["cubes"]}
+        assert told["tokens_prefilled"] > 400
+        assert client.cubes.migrate(whole, "activation").built_tokens < 70
+        assert client.cubes.migrate(whole, "plaintext").dropped_bytes > 0
+        assert {p.tier for p in client.cubes.get(ids[1]).residency} == {"plaintext"}
 
 
 def test_a_killed_engine_comes_back_and_answers(system: SystemProcess, openai: OpenAI):

@@ -51,6 +51,12 @@ def test_every_part_says_that_it_is_ready(system: SystemProcess, client: MemCube
     assert "memcube_http_requests_total" in metrics
 
 
+def test_a_request_has_one_name(system: SystemProcess):
+    for headers in ({}, {"x-request-id": "mine-1"}):
+        response = httpx.get(f"{system.url}/v1/nowhere", headers=headers)
+        assert response.headers.get_list("x-request-id") == [response.json()["request_id"]]
+
+
 def test_tenants_lie_on_different_shards_and_never_see_each_other(
     system: SystemProcess, client: MemCubeClient
 ):

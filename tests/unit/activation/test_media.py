@@ -204,10 +204,10 @@ def test_a_payload_of_two_cubes_with_the_same_text_goes_with_either(house):
     for first, second in ("xy", "yx"):
         h.put("a", members=(first,))
         h.put("a", members=(second,))
-        assert h.media.residency(first) == h.media.residency(second) == {"host": HOST}
+        assert h.media.residency([first]) == h.media.residency([second]) == {"host": HOST}
         assert h.media.delete_members([first]) == 1
         assert not h.get("a")
-        assert h.media.residency(second) == {}
+        assert h.media.residency([second]) == {}
 
 
 @pytest.mark.parametrize("sealed", [False, True])
@@ -247,9 +247,9 @@ def test_residency_tells_the_bytes_of_a_cube_by_medium(house):
     h = house(host=2, disk=9)
     h.put("a", "b", members=("x",))
     h.put("c", members=("x", "y"))
-    assert h.media.residency("x") == {"host": 2 * HOST, "disk": BELOW}
-    assert h.media.residency("y") == {"host": HOST}
-    assert h.media.residency("none") == {}
+    assert h.media.residency(["x"]) == {"host": 2 * HOST, "disk": BELOW}
+    assert h.media.residency(["y"]) == {"host": HOST}
+    assert h.media.residency(["none"]) == {}
     h.put("d", members=("z",), tenant="other")
     assert h.media.members() == {"a": {"x", "y"}, "other": {"z"}}
 
@@ -432,7 +432,7 @@ def test_other_nodes_payloads_are_found_after_a_refresh(house, tmp_path):
     assert not h.get("theirs")
     h.media.refresh(h.now)
     assert h.get("theirs")
-    assert h.media.residency("x") == {"host": HOST, "object": BELOW}
+    assert h.media.residency(["x"]) == {"host": HOST, "object": BELOW}
     other.delete(["theirs"])
     h.media.refresh(h.now)
     assert h.where("theirs") == ["host"]

@@ -20,6 +20,7 @@ COMMANDS = [
     "delete",
     "history",
     "context",
+    "migrate",
     "ingest",
     "status",
     "version",
@@ -59,6 +60,17 @@ def test_what_is_added_is_found_shown_listed_and_forgotten(memcube, api):
     assert memcube("context", "tea")[1] == "Ann likes tea\n"
     assert memcube("delete", id)[0] == 0
     assert api.cubes == {}
+
+
+def test_a_migration_says_what_was_built_and_where_it_lies(memcube):
+    id = memcube("add", "Ann likes tea")[1].split()[1]
+    code, out, _ = memcube("migrate", id, "--tier", "activation")
+    assert code == 0
+    assert out == "3 tokens of 1 cubes, 3 built now\n    27 bytes  device  node/engine-0\n"
+    assert memcube("migrate", id, "--tier", "plaintext")[1] == "dropped 0 bytes of KV\n"
+    assert json.loads(memcube("migrate", id, "--tier", "activation", "--json")[1])["tokens"] == 3
+    assert memcube("migrate", id, "--tier", "parametric")[0] == 2
+    assert memcube("migrate", id)[0] == 2
 
 
 @pytest.mark.parametrize(

@@ -120,6 +120,8 @@ def test_status_probes_context_and_freezing_answer(client):
     assert client.context("tea", token_budget=9).ids == (id,)
     assert client.cubes.freeze(id).frozen
     assert not client.cubes.unfreeze(id).frozen
+    migrated = client.cubes.migrate(id, "activation")
+    assert (migrated.tokens, migrated.residency[0].medium) == (1, "device")
 
 
 async def test_the_async_client_does_the_same(api):

@@ -9,13 +9,15 @@ import httpx
 import pytest
 from fastapi import FastAPI
 
+from memcube.activation.contract import Mode
 from memcube.catalog import Role
+from memcube.chat.migration import ActivationTier
+from memcube.chat.router import Router
 from memcube.chat.service import ChatService
 from memcube.config import Limits
-from memcube.testing.chat import ScriptedModel
 from memcube.testing.local import LocalSystem
 from serve.app import create_app
-from serve.backend import Backend
+from serve.backend import Backend, moments_of
 from serve.problems import MEDIA_TYPE
 
 _UNSET: Any = object()
@@ -114,6 +116,7 @@ async def _nothing() -> None:
 
 
 def _backend_of(system: LocalSystem) -> Backend:
+    router = Router(len(system.engines))
     return Backend(
         service=system.service,
         catalog=system.catalog,
@@ -122,7 +125,9 @@ def _backend_of(system: LocalSystem) -> Backend:
         status=system.status,
         close=_nothing,
         embedder=system.embedder,
-        chat=ChatService(system.service, [ScriptedModel()], system.config.chat),
+        chat=ChatService(system.service, system.engines, system.config.chat, router),
+        kv_stats=moments_of(system.engines),
+        tier=ActivationTier(system.service, system.engines, router, mode=Mode.EXACT),
         chat_model=system.config.model.name,
     )
 

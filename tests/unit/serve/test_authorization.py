@@ -16,6 +16,7 @@ from memcube.ids import uuid7
 from memcube.testing.local import START, LocalSystem
 
 MODEL = "SmolLM2-135M-Instruct"
+CHAT = {"model": MODEL, "messages": [{"role": "user", "content": "theirs"}]}
 PUBLIC, READER, WRITER, ADMIN = None, Role.READER, Role.WRITER, Role.ADMIN
 
 
@@ -46,6 +47,7 @@ MATRIX = {
     ("GET", "/v1/cubes/{id}/versions"): Row(READER),
     ("GET", "/v1/cubes/{id}/members"): Row(READER),
     ("PUT", "/v1/cubes/{id}/members"): Row(WRITER, {"members": []}),
+    ("POST", "/v1/cubes/{id}/migrate"): Row(WRITER, {"tier": "activation"}),
     ("POST", "/v1/cubes/{id}/rollback"): Row(WRITER, {"version": 1}),
     ("POST", "/v1/cubes/{id}/freeze"): Row(WRITER),
     ("POST", "/v1/cubes/{id}/unfreeze"): Row(WRITER),
@@ -285,6 +287,12 @@ async def test_a_foreign_id_and_an_unknown_one_can_not_be_told_apart(api, secret
         ("GET", "/v1/memories/{id}?as_of=2026-03-01T12:00:00Z", None),
         ("POST", "/v1/memories/search", {"query": "theirs", "cube_ids": ["{id}"]}),
         ("POST", "/v1/context", {"query": "theirs", "cube_ids": ["{id}"]}),
+        ("POST", "/v1/chat/completions", CHAT | {"memory": {"cube_ids": ["{id}"]}}),
+        (
+            "POST",
+            "/v1/chat/completions",
+            CHAT | {"stream": True, "memory": {"cube_ids": ["{whole}", "{id}"]}},
+        ),
         ("POST", "/v1/cubes", {"members": ["{id}"]}),
         ("PUT", "/v1/cubes/{whole}/members", {"members": ["{id}"]}),
         ("PUT", "/v1/memories/{id}", {"text": "x", "expected_version": 9}),
@@ -297,7 +305,7 @@ async def test_a_foreign_id_is_unknown_wherever_an_id_may_stand(api, secrets, me
     whole = (await api.ok("POST", "/v1/cubes", {"title": "w"}, key=secrets["writer"]))["id"]
     answers = []
     for asked in (foreign, str(uuid7(START))):
-        rest = () if body is None else (filled(body, id=asked),)
+        rest = () if body is None else (filled(body, id=asked, whole=whole),)
         at = filled(path, id=asked, whole=whole)
         response = await api.call(method, at, *rest, key=secrets["writer"])
         told = api.check(response)
@@ -332,6 +340,32 @@ async def test_no_list_search_or_count_shows_another_tenant(api, secrets):
         block = await api.ok("POST", "/v1/context", {"query": "shared kumquat"}, key=key)
         assert own in block["ids"]
         assert ({mine, theirs} - {own}).isdisjoint(block["ids"])
+
+
+@pytest.mark.parametrize(
+    "memory",
+    [
+        {"user_id": "shared"},
+        {"filters": {"user_id": "shared"}},
+        {"filters": {"or": [{"user_id": "shared"}, {"not": {"user_id": "nobody"}}]}},
+    ],
+    ids=str,
+)
+async def test_no_chat_is_given_another_tenants_memory_or_kv(api, secrets, memory):
+    """The same words of the same user in both tenants, asked in turn."""
+    body = {"user_id": "shared", "text": f"the shared medlar of {json.dumps(memory)}"}
+    asked = CHAT | {"memory": memory}
+    ids = {}
+    for key in ("writer", "other"):
+        added = await api.ok("POST", "/v1/memories", body, key=secrets[key])
+        ids[key] = added["results"][0]["id"]
+        told = (await api.ok("POST", "/v1/chat/completions", asked, key=secrets[key]))["memory"]
+        used = {cube["id"]: cube["form"] for cube in told["cubes"]}
+        assert used[ids[key]] == "text"
+        assert told["tokens_attached"] == 0
+    again = (await api.ok("POST", "/v1/chat/completions", asked, key=secrets["writer"]))["memory"]
+    assert again["tokens_attached"] > 0
+    assert ids["other"] not in {cube["id"] for cube in again["cubes"]}
 
 
 async def test_scores_do_not_tell_of_another_tenants_words(api, secrets):

@@ -143,3 +143,56 @@ async def test_a_key_may_hold_any_printable_sign(api):
         again = await once(api, "/v1/memories", {"text": key}, retry_key=key)
         assert first.status_code == 201
         assert again.json() == first.json()
+
+
+# -- changes ---------------------------------------------------------------------------------------
+
+
+async def put(api, path: str, body, *, retry_key: str = "7f1c"):
+    return await api.call("PUT", path, body, headers={"Idempotency-Key": retry_key})
+
+
+async def test_a_repeated_change_has_one_effect_whatever_came_between(api):
+    path = f"/v1/memories/{await api.add('tea')}"
+    first = await put(api, path, {"text": "milk", "expected_version": 1})
+    assert first.json()["version"] == 2
+    again = await put(api, path, {"text": "milk", "expected_version": 1})
+    assert (again.status_code, again.json()["version"]) == (200, 2)
+    await api.ok("PUT", path, {"text": "bread"})
+    late = await put(api, path, {"text": "milk", "expected_version": 1})
+    assert (late.json()["text"], late.json()["version"]) == ("milk", 2)
+    assert (await api.ok("GET", path))["text"] == "bread"
+    assert await api.texts("bread milk") == ["bread"]
+
+
+async def test_repeats_at_once_change_a_cube_once(api):
+    path = f"/v1/memories/{await api.add('tea')}"
+    told = await asyncio.gather(*(put(api, path, {"text": "milk"}) for _ in range(8)))
+    assert {response.json()["version"] for response in told} == {2}
+    assert (await api.ok("GET", path))["version"] == 2
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ({"text": "milk"}, {"text": "bread"}),
+        ({"tags": ["a"]}, {"tags": ["a"], "expires_at": None}),
+        ({"text": "milk"}, {"text": "milk", "expected_version": 1}),
+    ],
+    ids=str,
+)
+async def test_a_retry_key_of_another_change_is_refused(api, one, other):
+    first, second = await api.add("tea"), await api.add("water")
+    assert (await put(api, f"/v1/memories/{first}", one)).is_success
+    for id, body in ((first, other), (second, one)):
+        told = api.check(await put(api, f"/v1/memories/{id}", body))
+        assert told["code"] == "idempotency_mismatch"
+    assert (await api.ok("GET", f"/v1/memories/{second}"))["version"] == 1
+
+
+async def test_a_repeated_change_of_members_has_one_effect(api):
+    one, two = await api.add("one"), await api.add("two")
+    whole = (await api.ok("POST", "/v1/cubes", {"members": [one]}))["id"]
+    path = f"/v1/cubes/{whole}/members"
+    versions = [(await put(api, path, {"members": [two]})).json()["version"] for _ in range(2)]
+    assert versions == [2, 2]

@@ -1,6 +1,7 @@
 """Keys, status, health, metrics, and how errors of any kind are answered."""
 
 import logging
+from dataclasses import replace
 
 import pytest
 
@@ -88,6 +89,19 @@ async def test_status_tells_counts_and_parts(api, reader):
     assert told["version"]
 
 
+async def test_paths_on_hosts_are_told_to_an_operator_alone(api, reader, admin, operator):
+    path = "host-1:/home/ann/.memcube/plaintext/shard-000/28c2"
+    shard = api.system.shards[0]._shard
+    shard._info = replace(shard._info, location=path)
+    id = await api.add("tea")
+    for key, told in ((reader, "shard-000/28c2"), (admin, "shard-000/28c2"), (operator, path)):
+        (shard,) = (await api.ok("GET", "/v1/status", key=key))["shards"]
+        assert shard["location"] == told
+        for route in ("memories", "cubes"):
+            (place,) = (await api.ok("GET", f"/v1/{route}/{id}", key=key))["residency"]
+            assert place["location"] == told
+
+
 async def test_health_asks_nobody_and_readiness_asks_all(api):
     response = await api.call("GET", "/healthz", key=None)
     assert (response.status_code, response.text) == (200, "ok\n")
@@ -155,6 +169,16 @@ async def test_a_refused_body_is_counted_too(counted):
 @pytest.mark.parametrize("path", ["/", "/v1", "/v1/nowhere", "/v2/memories", "/v1/memories/a/b/c"])
 async def test_a_path_that_is_none_is_a_problem(api, path):
     await api.problem(404, "not_found", "GET", path)
+
+
+async def test_a_request_keeps_the_plain_name_that_it_comes_with(api):
+    # Serve's proxy names each request, and puts that name into the answer itself.
+    response = await api.call("GET", "/nowhere", headers={"x-request-id": "abc-1.2_Z"})
+    assert response.json()["request_id"] == "abc-1.2_Z"
+    assert "x-request-id" not in response.headers
+    for odd in ("two words", "x" * 65, "a,b"):
+        response = await api.call("GET", "/nowhere", headers={"x-request-id": odd})
+        assert odd not in response.text
 
 
 async def test_a_method_that_a_path_has_not_is_refused_with_those_it_has(api):

@@ -1,0 +1,180 @@
+"""Cubes into the activation tier and out of it, and where their KV lies.
+
+A migrated cube's KV is that of the prompt which names it by ``cube_ids``: its members (or itself), in
+their order, behind the server's system text. It is a cache like all KV: media may evict it, and a
+change of any member drops it. So to migrate is to read the memories ahead of the first question.
+"""
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from memcube.activation.contract import Mode, Usage
+from memcube.catalog import KvPlace, Principal
+from memcube.catalog.kv_book import TIER
+from memcube.chat.contract import BuildRequest, KvBytes, KvModel, MemorySegment
+from memcube.chat.router import Router
+from memcube.chat.selection import pack
+from memcube.chat.service import segment_parts
+from memcube.cube import MemCube, Residency, Shape
+from memcube.errors import Conflict, MemCubeError, Unavailable
+from memcube.ids import CubeId, digest
+from memcube.lifecycle import SEARCHABLE
+from memcube.service import MemoryService, SearchScope
+
+LOOK_DEADLINE_S = 2.0
+"""How long a read of a cube waits for the engines to say what they hold."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Migrated:
+    """What a migration did. ``num_cubes`` are those whose text was read. ``built_tokens`` were
+    computed now, the others of ``num_tokens`` lay there. ``kv`` is where it lies afterwards."""
+
+    cube: MemCube
+    num_cubes: int
+    num_tokens: int = 0
+    built_tokens: int = 0
+    dropped_bytes: int = 0
+    engine: int | None = None
+    kv: tuple[KvPlace, ...] = ()
+
+
+class ActivationTier:
+    """Moves cubes over engines numbered as the router knows them, which it shares with the chat."""
+
+    def __init__(
+        self, memory: MemoryService, models: Sequence[KvModel], router: Router, *, mode: Mode
+    ) -> None:
+        self._memory = memory
+        self._models = models
+        self._router = router
+        self._mode = Mode.EXACT if mode is Mode.OFF else mode
+
+    async def activate(self, principal: Principal, id: str) -> Migrated:
+        """Build the KV of a cube now, as far as it isn't stored. Idempotent.
+
+        Raises:
+            NotFound: no such cube in this tenant.
+            Conflict: it holds no text that a prompt may have, or was changed meanwhile.
+            BadRequest: it doesn't fit the model's window.
+            Unavailable, DeadlineExceeded: no engine built it; what was built so far is stored.
+        """
+        cube = await self._memory.get(principal, id)
+        members = await self._members(principal, cube)
+        if not members:
+            raise Conflict(
+                f"cube {cube.id!r} is {cube.state} and out of search; restore it first"
+                if cube.state not in SEARCHABLE
+                else f"cube {cube.id!r} holds no text; there is nothing to build"
+            )
+        segments = tuple(packed.segment for packed in pack(members, worth=1.0))
+        engine, usage = await self._build(principal, cube, segments)
+        ids = [member.id for member in members]
+        kv = _places([(engine, await self._models[engine].residency(ids))])
+        if moved_on := await self._memory.mark_kv(principal, cube, members, kv):
+            await self._forget(moved_on)
+            raise Conflict(f"cube {cube.id!r} was changed while its KV was built; migrate it again")
+        return Migrated(
+            cube=cube,
+            num_cubes=len(members),
+            num_tokens=usage.prompt_tokens,
+            built_tokens=usage.prefilled,
+            engine=engine,
+            kv=tuple(kv),
+        )
+
+    async def deactivate(self, principal: Principal, id: str) -> Migrated:
+        """Drop all KV that holds a cube, or any member of it; the text stays. Idempotent.
+
+        Raises:
+            NotFound: no such cube in this tenant.
+            Unavailable, DeadlineExceeded: an engine didn't answer, and may hold some still.
+        """
+        cube = await self._memory.get(principal, id)
+        members = await self._members(principal, cube)
+        ids = [*{cube.id: None, **{member.id: None for member in members}}]
+        held = await asyncio.gather(*(model.residency(ids) for model in self._models))
+        await self._forget(ids)
+        await self._memory.drop_kv(principal, ids)
+        dropped = sum(place.size_bytes for place in _places(list(enumerate(held))))
+        return Migrated(cube=cube, num_cubes=len(members), dropped_bytes=dropped)
+
+    async def residency(
+        self, principal: Principal, cube: MemCube, noted: Sequence[Residency]
+    ) -> list[Residency]:
+        """Where a cube's payloads lie: those noted, and of KV what the engines say now, if any
+        answers in time."""
+        ids = [member.id for member in await self._members(principal, cube)]
+        found = await asyncio.gather(*(self._look(model, ids) for model in self._models))
+        answers = [(n, bytes_) for n, bytes_ in enumerate(found) if bytes_ is not None]
+        if not answers:
+            return list(noted)
+        now = self._memory.now()
+        return [place for place in noted if place.tier != TIER] + [
+            Residency(
+                tier=TIER,
+                medium=place.medium,
+                location=place.location,
+                version=cube.version,
+                size_bytes=place.size_bytes,
+                epoch=0,
+                updated_at=now,
+            )
+            for place in _places(answers)
+        ]
+
+    async def _look(self, model: KvModel, ids: Sequence[CubeId]) -> list[KvBytes] | None:
+        try:
+            return await asyncio.wait_for(model.residency(ids), LOOK_DEADLINE_S)
+        except (MemCubeError, TimeoutError):
+            return None
+
+    async def _members(self, principal: Principal, cube: MemCube) -> list[MemCube]:
+        if cube.shape is Shape.LEAF:
+            return [cube] if cube.text and cube.state in SEARCHABLE else []
+        return await self._memory.members_of(principal, SearchScope(cube_ids=(cube.id,)))
+
+    async def _build(
+        self, principal: Principal, cube: MemCube, segments: tuple[MemorySegment, ...]
+    ) -> tuple[int, Usage]:
+        wanted = BuildRequest(
+            segments=segments,
+            tenant=principal.tenant,
+            salt=principal.tenant,
+            group=digest("migrated", principal.tenant, cube.id),
+            mode=self._mode,
+        )
+        parts = segment_parts(principal.tenant, segments)
+        tried = 0
+        while True:
+            route = self._router.choose(parts)
+            try:
+                usage = await self._models[route.engine].build(wanted)
+            except Unavailable as failed:
+                tried += 1
+                if type(failed) is not Unavailable or tried >= len(self._models):
+                    raise
+                self._router.lost(route.engine)
+            else:
+                self._router.back(route.engine)
+                return route.engine, usage
+            finally:
+                self._router.done(route)
+
+    async def _forget(self, ids: Sequence[CubeId]) -> None:
+        await asyncio.gather(*(model.forget(ids, None) for model in self._models))
+
+
+def _places(found: Sequence[tuple[int, Sequence[KvBytes]]]) -> list[KvPlace]:
+    """What engines, by number, say they hold. Those of a node share what lies below the device."""
+    sizes: dict[tuple[str, str], int] = {}
+    for engine, held in found:
+        for one in held:
+            location = f"{one.node}/engine-{engine}" if one.medium == "device" else one.node
+            place = one.medium, "objects" if one.medium == "object" else location
+            sizes[place] = max(sizes.get(place, 0), one.num_bytes)
+    return [
+        KvPlace(medium=medium, location=location, size_bytes=size)
+        for (medium, location), size in sorted(sizes.items())
+    ]
