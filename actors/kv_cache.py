@@ -4,7 +4,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Collection
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import ray
@@ -17,6 +17,7 @@ from actors.kv_store import RemoteKvStore, spawn_kv_store_actor
 from memcube.activation.contract import Usage
 from memcube.activation.engine import Engine, EngineLimits
 from memcube.activation.forward import PackedModel
+from memcube.activation.gate import FidelityGate, GateState, GateStatus
 from memcube.activation.lower import StoreBelow
 from memcube.activation.media import MediumStats
 from memcube.activation.models import load_model
@@ -35,7 +36,8 @@ MIB = 1 << 20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelInfo:
-    """What an engine runs. ``why_not`` says why segments can't be composed, if they can't."""
+    """What an engine runs. ``why_not`` says why segments can't be composed, if they can't;
+    ``composing`` which modes are composed now, with the fidelity gate's report."""
 
     name: str
     fingerprint: str
@@ -43,6 +45,7 @@ class ModelInfo:
     device: str
     node: str
     why_not: str | None
+    composing: GateStatus
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +54,7 @@ class KvStats:
 
     engine: EngineStats
     media: list[MediumStats]
+    composing: GateStatus
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +63,12 @@ class _Open:
     engine: Engine
     store: Any
     info: ModelInfo
+    gate: FidelityGate | None
+    gating: asyncio.Task[None] | None
+
+    @property
+    def composing(self) -> GateStatus:
+        return self.gate.status if self.gate is not None else GateStatus(state=GateState.OFF)
 
 
 class KVCacheActor:
@@ -113,13 +123,19 @@ class KVCacheActor:
             device=str(loaded.model.device),
             node=node,
             why_not=loaded.why_not,
+            composing=GateStatus(state=GateState.OFF),
         )
         prompts = PromptBuilder(loaded.tokenizer, system=config.chat.system)
-        return _Open(ChatHost(engine, prompts), engine, store, info)
+        gate = gating = None
+        if wanted.composing == "auto":
+            gate = FidelityGate(engine, config.model_folder(), num_cases=wanted.gate_cases)
+            gating = asyncio.create_task(gate.run())
+        return _Open(ChatHost(engine, prompts), engine, store, info, gate, gating)
 
     async def describe(self) -> ModelInfo:
         """What runs here; returns when it is loaded."""
-        return (await self._opened()).info
+        opened = await self._opened()
+        return replace(opened.info, composing=opened.composing)
 
     async def chat(self, prompt: ChatPrompt) -> AsyncGenerator[ChatPiece]:
         """The answer in pieces."""
@@ -149,7 +165,7 @@ class KVCacheActor:
         """This moment."""
         opened = await self._opened()
         media = await opened.store.stats.remote() if opened.store is not None else []
-        return KvStats(engine=opened.engine.stats(), media=media)
+        return KvStats(engine=opened.engine.stats(), media=media, composing=opened.composing)
 
     async def close(self) -> None:
         """Take what is on the device down to the media, and end."""
@@ -157,6 +173,8 @@ class KVCacheActor:
             return
         opened = await self._opening
         await opened.engine.close(drain_s=5.0)
+        if opened.gating is not None:
+            opened.gating.cancel()
         if opened.store is not None:
             await opened.store.close.remote()
 

@@ -21,7 +21,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from memcube.activation.forward import KvBuffer, PackedModel, Row
+from memcube.activation.forward import KvBuffer, Row, RowModel
 from memcube.activation.rope import Rope
 
 BLEND_SHARE = 0.15
@@ -71,7 +71,7 @@ class Composition:
 class Composer:
     """Builds segments and composes them, for one model. For the thread that computes."""
 
-    def __init__(self, model: PackedModel, rope: Rope) -> None:
+    def __init__(self, model: RowModel, rope: Rope) -> None:
         self._model = model
         self._rope = rope
 
