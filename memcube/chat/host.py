@@ -12,12 +12,17 @@ from memcube.chat.prompt import BuiltPrompt, PromptBuilder
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BuildRequest:
-    """Memories to read ahead of any question."""
+    """Memories to read ahead of any question.
+
+    In a composed mode each segment is built by itself behind the prefix, to serve in any order; in
+    the others they are built as one chain.
+    """
 
     segments: tuple[MemorySegment, ...]
     tenant: str
     salt: str
     group: str
+    mode: Mode = Mode.EXACT
 
 
 class ChatHost:
@@ -57,7 +62,10 @@ class ChatHost:
                     )
 
     async def build(self, wanted: BuildRequest) -> Usage:
-        """Compute and store the KV of these memories when nothing else is to be done."""
+        """Compute and store the KV of these memories when nothing else is to be done.
+
+        A mode that the model's fidelity gate didn't pass is built, as it is served, exactly.
+        """
         return await self._engine.build(self._ahead(self._prompts.prefix(wanted.segments), wanted))
 
     def _ahead(self, built: BuiltPrompt, wanted: BuildRequest) -> GenerateRequest:
@@ -67,7 +75,7 @@ class ChatHost:
             tenant=wanted.tenant,
             salt=wanted.salt,
             sampling=Sampling(),
-            mode=Mode.EXACT,
+            mode=wanted.mode,
             segments=built.segments,
             group=wanted.group,
             members=built.members,
