@@ -65,8 +65,8 @@ def wanted(hits: Iterable[Hit]) -> Wanted:
 
 
 def pack(cubes: Sequence[MemCube], *, worth: float) -> list[Packed]:
-    """Segments of these cubes, in their order, each of SEGMENT_TOKENS at most, and of SHORT_TOKENS at
-    least where there are as many. More cubes at the end leave all segments but the last two."""
+    """Segments of these cubes, in their order, each of SEGMENT_TOKENS at most, and of about
+    SHORT_TOKENS at least where there are as many. More cubes at the end leave all segments but the last two."""
     groups: list[list[_Line]] = [[]]
     tokens = 0
     for cube in cubes:

@@ -63,10 +63,10 @@ def test_a_segment_holds_whole_memories_within_its_bound_and_nothing_is_left_out
 
 
 def test_a_short_last_segment_takes_its_share_of_the_one_before():
-    cubes = [cube(n, "word " * 100) for n in range(5)]
+    cubes = [cube(n, "word " * 40) for n in range(10)]
     packed = pack(cubes, worth=1.0)
     assert [id for one in packed for id in one.segment.cubes] == [c.id for c in cubes]
-    assert [len(one.segment.cubes) for one in packed] == [2, 3]
+    assert [len(one.segment.cubes) for one in packed] == [5, 5]
     assert all(SHORT_TOKENS <= one.num_tokens <= SEGMENT_TOKENS for one in packed)
 
 
