@@ -95,7 +95,10 @@ class ActivationConfig(_Section):
     actors: int = Field(default=1, ge=0, le=64)
     composing: Literal["auto", "off"] = "auto"
     gate_cases: int = Field(
-        default=12, ge=1, le=256, description="of the fidelity gate; each takes about 10 s of a core"
+        default=12,
+        ge=1,
+        le=256,
+        description="of the fidelity gate; each takes about 10 s of a core",
     )
     device_mb: int = Field(default=512, ge=64)
     host_mb: int = Field(default=512, ge=0)

@@ -180,9 +180,7 @@ class Engine:
 
     def idle_model(self) -> IdleModel:
         """The model for another thread, where it computes when there is nothing else to do."""
-        return IdleModel(
-            self._model, self._post_idle, piece_tokens=self.limits.background_tokens
-        )
+        return IdleModel(self._model, self._post_idle, piece_tokens=self.limits.background_tokens)
 
     def keys(self, request: GenerateRequest) -> tuple[str, ...]:
         """The keys of a prompt's full blocks."""

@@ -66,8 +66,7 @@ class Fidelity:
             "a full prefill recalls no fact either": self.num_facts > 0,
             f"KL {self.kl:.4f} (at most {limits.kl:g})": self.kl <= limits.kl,
             f"top-1 {self.top1:.1%} (at least {limits.top1:.0%})": self.top1 >= limits.top1,
-            f"facts {self.recall:.1%} (at least {limits.recall:.0%})": self.recall
-            >= limits.recall,
+            f"facts {self.recall:.1%} (at least {limits.recall:.0%})": self.recall >= limits.recall,
             f"{self.share:.1%} computed again (at most {limits.share:.0%})": self.share
             <= limits.share,
         }
