@@ -66,9 +66,8 @@ async def made(monkeypatch, tmp_path, loaded):
 
 
 async def settled(actor):
-    while (info := await actor.describe()).composing.state is GateState.MEASURING:
-        await asyncio.sleep(0.001)
-    return info
+    await (await actor._opened()).gating
+    return await actor.describe()
 
 
 async def chat(actor, segments, mode):
