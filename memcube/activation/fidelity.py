@@ -10,6 +10,7 @@ A mode is served only where its figures pass. ``benchmarks.kv_ladder`` measures 
 """
 
 import json
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
@@ -128,6 +129,9 @@ def measure_fidelity(
     """Run the gate. About 10 s a case for SmolLM2 on one core; blocks.
 
     ``model`` must be the one of ``loaded``. ``measured`` is told how many cases are done.
+
+    Raises:
+        ValueError: the model gives no numbers (as one that overflows its dtype).
     """
     report = FidelityReport(model=loaded.fingerprint, dtype=loaded.layout.dtype)
     if loaded.why_not is not None:
@@ -141,6 +145,8 @@ def measure_fidelity(
         tallies[Mode.FAST].add(trial, [trial.composed() for _ in trial.case.questions])
         measured(number)
     modes = {mode: tally.fidelity() for mode, tally in tallies.items()}
+    if any(not math.isfinite(found.kl) for found in modes.values()):
+        raise ValueError(f"{loaded.name} in {loaded.layout.dtype} gives logits that are no numbers")
     passed = tuple(mode for mode, found in modes.items() if found.passes(THRESHOLDS[mode]))
     return replace(report, asked=asked, recalled=recalled, modes=modes, passed=passed)
 

@@ -1,7 +1,9 @@
 """The chat, by the official OpenAI client over a running system with the packaged model."""
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from openai import OpenAI
@@ -31,13 +33,13 @@ def openai(system: SystemProcess) -> OpenAI:
     return OpenAI(base_url=f"{system.url}/v1", api_key=system.key, max_retries=0, timeout=120)
 
 
-def ask(openai: OpenAI, question: str, user: str, **more):
+def ask(openai: OpenAI, question: str, user: str, memory: dict[str, Any] | None = None, **more):
     return openai.chat.completions.create(
         model=MODEL,
         messages=[{"role": "user", "content": question}],
         max_tokens=12,
         temperature=0,
-        extra_body={"memory": {"user_id": user}},
+        extra_body={"memory": {"user_id": user} | (memory or {})},
         **more,
     )
 
@@ -121,3 +123,32 @@ def test_kv_outlives_a_restart_on_disk(tmp_path: Path):
         assert attached[1] > 0
     finally:
         system.stop()
+
+
+@pytest.mark.slow
+def test_once_the_gate_has_passed_a_memory_read_for_one_question_is_composed_for_another(
+    tmp_path: Path,
+):
+    overrides = ["activation.composing=auto", "activation.gate_cases=1"]
+    with SystemProcess(tmp_path / "data", overrides, chat=True) as system:
+        openai = OpenAI(base_url=f"{system.url}/v1", api_key=system.key, max_retries=0)
+        with MemCubeClient(system.url, system.key) as client:
+            client.add(TURNS, user_id="river")
+            until = time.monotonic() + 280
+            while (gate := client.status()["engines"][0]["composing"])["state"] == "measuring":
+                assert time.monotonic() < until
+                time.sleep(1)
+        assert gate["state"] == "done"
+        assert "blend" in gate["modes"]
+        assert gate["report"]["modes"]["blend"]["kl"] <= 0.03
+
+        def forms(question: str, token_budget: int) -> set[str]:
+            choice = {"mode": "blend", "token_budget": token_budget}
+            answer = ask(openai, question, "river", choice).model_extra["memory"]
+            return {cube["form"] for cube in answer["cubes"]}
+
+        assert forms("How far was the walk on day 20?", 450) == {"text"}
+        assert forms("How far were the walks on day 3 and on day 20?", 2000) == {
+            "text",
+            "composed_kv",
+        }
