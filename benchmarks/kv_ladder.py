@@ -156,6 +156,6 @@ def _rungs(loaded: LoadedModel, model: PackedModel) -> dict[str, Rung]:
         "+ first 64 of each segment": first(64),
         f"+ {BLEND_SHARE:.0%} by deviation (CacheBlend)": deviating,
         "+ 8% by what the question takes": blend(0.08),
+        "+ 15% by what the question takes": blend(0.15),
         _BLEND: blend(BLEND_SHARE),
-        "+ 25% by what the question takes": blend(0.25),
     }

@@ -24,8 +24,10 @@ from torch import Tensor
 from memcube.activation.forward import KvBuffer, Row, RowModel
 from memcube.activation.rope import Rope
 
-BLEND_SHARE = 0.15
-"""Of the attached tokens, how many are computed again."""
+BLEND_SHARE = 0.25
+"""Of the attached tokens, how many are computed again. On 9 cases of other seeds than the benchmark's
+SmolLM2 so recalls 95% of what it recalls after a full prefill, 90% at a share of 0.2; at 0.15 KL and top-1
+still pass, and the facts don't always."""
 FIRST_TOKENS = 4
 """Of each later segment, computed again in any case."""
 QUERY_TOKENS = 64
