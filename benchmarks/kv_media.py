@@ -7,6 +7,7 @@ stored as the actor stores it (blocks of 64 tokens, keys un-rotated, int8), and 
 from the disk, with the page cache emptied of it and without. CPU seconds are of one thread.
 """
 
+import logging
 import os
 import pickle
 import random
@@ -358,7 +359,8 @@ class _Gadget:
 
 
 def damaged_files() -> list[Figure]:
-    """Files that a hierarchy finds in the place of good ones."""
+    """Files that a hierarchy finds in the place of good ones. It would log each of them."""
+    logging.getLogger("memcube.activation").setLevel(logging.CRITICAL)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         layout, generator = KvLayout(4, 2, 16, "float32"), random.Random(0)
