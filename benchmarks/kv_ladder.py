@@ -32,7 +32,7 @@ Rung = Callable[[Trial, Question], Prepared]
 
 
 def run(cache_dir: Path, *, short: bool = False) -> list[Figure]:
-    """The ladder's figures; about fifteen minutes on one core. In short two, of three cases."""
+    """The ladder's figures; about twenty minutes on one core. In short three, of three cases."""
     num_cases = _NUM_SHORT_CASES if short else _NUM_CASES
     loaded = load_model(ModelConfig(threads=1, dtype="float32"), cache_dir)
     model = PackedModel(loaded)
