@@ -13,6 +13,7 @@ import importlib
 import json
 import multiprocessing
 import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import fields
 from datetime import UTC, datetime
 from pathlib import Path
@@ -55,8 +56,10 @@ def main() -> None:
 
 
 def _measure(part: str, models: Path, short: bool) -> list[Figure]:
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_run, (PARTS[part], models, short))
+    # A multiprocessing.Pool would wait forever for a process that was killed.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        return pool.submit(_run, PARTS[part], models, short).result()
 
 
 def _run(where: str, models: Path, short: bool) -> list[Figure]:
