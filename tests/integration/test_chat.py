@@ -133,7 +133,18 @@ def test_once_the_gate_has_passed_a_memory_read_for_one_question_is_composed_for
     with SystemProcess(tmp_path / "data", overrides, chat=True) as system:
         openai = OpenAI(base_url=f"{system.url}/v1", api_key=system.key, max_retries=0)
         with MemCubeClient(system.url, system.key) as client:
-            client.add(TURNS, user_id="river")
+            turns = [
+                # All of one length, so that the halves are what both together are packed into.
+                {
+                    "role": "user",
+                    "content": f"On day {n} we {what} with aunt Mary and her neighbours, as we "
+                    f"had said that we would; it took {n + 2} minutes in all.",
+                }
+                for n, what in enumerate(
+                    ["baked a dark bread"] * 12 + ["painted a row boat"] * 12, 10
+                )
+            ]
+            ids = [result.id for result in client.add(turns, user_id="handy").results]
             until = time.monotonic() + 280
             while (gate := client.status()["engines"][0]["composing"])["state"] == "measuring":
                 assert time.monotonic() < until
@@ -142,13 +153,12 @@ def test_once_the_gate_has_passed_a_memory_read_for_one_question_is_composed_for
         assert "blend" in gate["modes"]
         assert gate["report"]["modes"]["blend"]["kl"] <= 0.03
 
-        def forms(question: str, token_budget: int) -> set[str]:
-            choice = {"mode": "blend", "token_budget": token_budget}
-            answer = ask(openai, question, "river", choice).model_extra["memory"]
-            return {cube["form"] for cube in answer["cubes"]}
+        def forms(cube_ids: list[str]) -> list[str]:
+            choice = {"mode": "blend", "token_budget": 2000, "cube_ids": cube_ids}
+            answer = ask(openai, "Who was there?", "handy", choice).model_extra["memory"]
+            return [cube["form"] for cube in answer["cubes"]]
 
-        assert forms("How far was the walk on day 20?", 450) == {"text"}
-        assert forms("How far were the walks on day 3 and on day 20?", 2000) == {
-            "text",
-            "composed_kv",
-        }
+        # Each half is read alone, and then both together.
+        assert forms(ids[:12]) == ["text"] * 12
+        assert forms(ids[12:]) == ["text"] * 12
+        assert forms(ids) == ["exact_kv"] * 12 + ["composed_kv"] * 12
