@@ -137,7 +137,7 @@ def test_once_the_gate_has_passed_a_memory_read_for_one_question_is_composed_for
                 # All of one length, so that the halves are what both together are packed into.
                 {
                     "role": "user",
-                    "content": f"On day {n} we {what} with aunt Mary and the others; it took {n + 2} minutes in all.",
+                    "content": f"On day {n} we {what} with aunt Mary; it took all of {n + 2} minutes.",
                 }
                 for n, what in enumerate(
                     ["baked a dark bread"] * 12 + ["painted a row boat"] * 12, 10
