@@ -26,7 +26,7 @@ endif
 
 .NOTPARALLEL:
 .PHONY: help setup serve demo test test-unit test-integration test-all lint format chaos clean \
-	bench bench-locomo bench-http bench-store bench-embedder bench-chaos bench-check bench-table
+	bench bench-locomo bench-http bench-store bench-embedder bench-kv bench-chaos bench-check bench-table
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -76,7 +76,7 @@ format: setup  ## put the code into ruff's form
 
 chaos: bench-chaos  ## kill -9 everything in turn, 50 times, under steady adds
 
-bench: bench-store bench-embedder bench-http bench-chaos bench-locomo bench-check  ## all benchmarks
+bench: bench-store bench-embedder bench-http bench-kv bench-chaos bench-locomo bench-check  ## all benchmarks
 
 bench-locomo: setup  ## retrieval on real conversations, beside BM25 and plain dense (LOCOMO=FILE)
 	$(PY) -m benchmarks.bench_locomo $(LOCOMO) $(ARGS)
@@ -89,6 +89,9 @@ bench-store: setup  ## searches in the store alone, 10,000 and 100,000 cubes
 
 bench-embedder: setup  ## what embedding costs, by backend
 	$(PY) -m benchmarks.bench_embedder $(ARGS)
+
+bench-kv: setup  ## the activation tier (ARGS: --short, --parts ttft,ladder,media,batch)
+	$(PY) -m benchmarks.bench_kv $(ARGS)
 
 bench-chaos: setup
 	$(PY) -m benchmarks.chaos $(ARGS)

@@ -4,7 +4,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Collection
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import ray
@@ -17,6 +17,7 @@ from actors.kv_store import RemoteKvStore, spawn_kv_store_actor
 from memcube.activation.contract import KvEngine, Usage
 from memcube.activation.engine import Engine, EngineLimits
 from memcube.activation.forward import PackedModel
+from memcube.activation.gate import FidelityGate, GateState, GateStatus
 from memcube.activation.lower import StoreBelow
 from memcube.activation.models import load_model
 from memcube.activation.stats import KvStats
@@ -34,7 +35,8 @@ MIB = 1 << 20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelInfo:
-    """What an engine runs. ``why_not`` says why segments can't be composed, if they can't."""
+    """What an engine runs. ``why_not`` says why segments can't be composed, if they can't;
+    ``composing`` which modes are composed now, with the fidelity gate's report."""
 
     name: str
     fingerprint: str
@@ -42,6 +44,7 @@ class ModelInfo:
     device: str
     node: str
     why_not: str | None
+    composing: GateStatus
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +53,12 @@ class _Open:
     engine: KvEngine
     store: Any
     info: ModelInfo
+    gate: FidelityGate | None
+    gating: asyncio.Task[None] | None
+
+    @property
+    def composing(self) -> GateStatus:
+        return self.gate.status if self.gate is not None else GateStatus(state=GateState.OFF)
 
 
 class KVCacheActor:
@@ -106,9 +115,14 @@ class KVCacheActor:
             device=str(loaded.model.device),
             node=node,
             why_not=loaded.why_not,
+            composing=GateStatus(state=GateState.OFF),
         )
         prompts = PromptBuilder(loaded.tokenizer, system=config.chat.system)
-        return _Open(ChatHost(engine, prompts), engine, store, info)
+        gate = gating = None
+        if wanted.composing == "auto":
+            gate = FidelityGate(engine, config.model_folder(), num_cases=wanted.gate_cases)
+            gating = asyncio.create_task(gate.run())
+        return _Open(ChatHost(engine, prompts), engine, store, info, gate, gating)
 
     async def _open_vllm(self) -> _Open:
         from memcube.activation.vllm_engine import open_vllm
@@ -121,13 +135,15 @@ class KVCacheActor:
             device="cuda",
             node=ray.get_runtime_context().get_node_id(),
             why_not="vLLM attaches prefixes alone",
+            composing=GateStatus(state=GateState.OFF),
         )
         prompts = PromptBuilder(opened.tokenizer, system=self._config.chat.system)
-        return _Open(ChatHost(opened.engine, prompts), opened.engine, None, info)
+        return _Open(ChatHost(opened.engine, prompts), opened.engine, None, info, None, None)
 
     async def describe(self) -> ModelInfo:
         """What runs here; returns when it is loaded."""
-        return (await self._opened()).info
+        opened = await self._opened()
+        return replace(opened.info, composing=opened.composing)
 
     async def chat(self, prompt: ChatPrompt) -> AsyncGenerator[ChatPiece]:
         """The answer in pieces."""
@@ -169,6 +185,8 @@ class KVCacheActor:
             return
         opened = await self._opening
         await opened.engine.close(drain_s=5.0)
+        if opened.gating is not None:
+            opened.gating.cancel()
         if opened.store is not None:
             await opened.store.close.remote()
 

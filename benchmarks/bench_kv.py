@@ -2,21 +2,25 @@
 
     python -m benchmarks.bench_kv                        all parts
     python -m benchmarks.bench_kv --parts ladder,ttft    these; the others' figures stay as they were
+    python -m benchmarks.bench_kv --short                whether it works: less of all, nothing is stored
 
-Each part is a function in a module of its own: ``run(cache_dir) -> list[Figure]``. They run in
-processes of their own, so that none is measured in what another left behind.
+Each part is a function in a module of its own: ``run(cache_dir, short=False) -> list[Figure]``. They
+run in processes of their own, so that none is measured in what another left behind.
 """
 
 import argparse
 import importlib
 import json
 import multiprocessing
+import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import fields
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from benchmarks.results import RESULTS, ROOT, Figure, commit, write_results
+from benchmarks.results import RESULTS, Figure, commit, show, write_results
+from memcube.config import Config
 
 PARTS = {
     "ttft": "benchmarks.kv_ttft:run",
@@ -33,7 +37,8 @@ _COMMAND = "make bench-kv"
 def main() -> None:
     parser = argparse.ArgumentParser(description="Benchmark of the activation tier.")
     parser.add_argument("--parts", default=",".join(PARTS), help="a comma between each two")
-    parser.add_argument("--models", type=Path, default=ROOT / ".memcube" / "models")
+    parser.add_argument("--models", type=Path, default=Config().model_folder())
+    parser.add_argument("--short", action="store_true", help="less of all; nothing is stored")
     given = parser.parse_args()
     wanted = given.parts.split(",")
     if unknown := set(wanted) - PARTS.keys():
@@ -41,17 +46,25 @@ def main() -> None:
     for part in PARTS:
         if part in wanted:
             print(f"-- {part}", flush=True)
-            _store(part, _measure(part, given.models))
+            began = time.perf_counter()
+            figures = _measure(part, given.models, given.short)
+            print(f"-- {part} took {time.perf_counter() - began:,.0f} s", flush=True)
+            if given.short:
+                show(figures)
+            else:
+                _store(part, figures)
 
 
-def _measure(part: str, models: Path) -> list[Figure]:
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_run, (PARTS[part], models))
+def _measure(part: str, models: Path, short: bool) -> list[Figure]:
+    # A multiprocessing.Pool would wait forever for a process that was killed.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        return pool.submit(_run, PARTS[part], models, short).result()
 
 
-def _run(where: str, models: Path) -> list[Figure]:
+def _run(where: str, models: Path, short: bool) -> list[Figure]:
     module, _, name = where.partition(":")
-    return getattr(importlib.import_module(module), name)(models)
+    return getattr(importlib.import_module(module), name)(models, short=short)
 
 
 def _store(part: str, figures: list[Figure]) -> None:

@@ -16,11 +16,11 @@ from memcube.activation.contract import GenerateRequest
 from memcube.activation.engine import Engine, EngineLimits
 from memcube.activation.forward import PackedModel
 from memcube.activation.models import LoadedModel, load_model
-from memcube.config import Config, ModelConfig
+from memcube.config import ModelConfig
 from memcube.policies.retention import Retention
 
 _ROUNDS = 2
-_ANSWER_TOKENS = 32
+_ANSWER_TOKENS, _SHORT_ANSWER_TOKENS = 32, 8
 _QUESTIONS = (
     "What is this text about? Answer in one sentence.",
     "Name two things that happen here.",
@@ -78,16 +78,16 @@ class _Round:
         return sum(map(len, self.answers))
 
 
-def run(cache_dir: Path | None = None) -> list[Figure]:
-    """The figures. The first time the model is converted into the folder, which takes longer."""
-    cache_dir = cache_dir or Config().model_folder()
+def run(cache_dir: Path, *, short: bool = False) -> list[Figure]:
+    """The figures, about two minutes on one core; in short, of shorter answers, one."""
     loaded = load_model(ModelConfig(dtype="float32", device="cpu", threads=1), cache_dir)
-    return asyncio.run(measure(loaded))
+    answer_tokens = _SHORT_ANSWER_TOKENS if short else _ANSWER_TOKENS
+    return asyncio.run(measure(loaded, answer_tokens=answer_tokens))
 
 
-async def measure(loaded: LoadedModel) -> list[Figure]:
+async def measure(loaded: LoadedModel, *, answer_tokens: int = _ANSWER_TOKENS) -> list[Figure]:
     """The figures of a model on the CPU."""
-    requests = _requests(loaded)
+    requests = _requests(loaded, answer_tokens)
     engine = Engine(
         PackedModel(loaded),
         loaded,
@@ -128,7 +128,7 @@ async def measure(loaded: LoadedModel) -> list[Figure]:
     ]
 
 
-def _requests(loaded: LoadedModel) -> list[GenerateRequest]:
+def _requests(loaded: LoadedModel, answer_tokens: int) -> list[GenerateRequest]:
     requests = []
     for number in range(4):
         words = random.Random(number).choices(_WORDS, k=470)
@@ -145,7 +145,7 @@ def _requests(loaded: LoadedModel) -> list[GenerateRequest]:
                     prompt_ids=tuple(loaded.tokenizer.encode(str(text))),
                     tenant="bench",
                     salt="bench",
-                    max_tokens=_ANSWER_TOKENS,
+                    max_tokens=answer_tokens,
                     stop_ids=frozenset(),
                 )
             )

@@ -61,12 +61,17 @@ def write_results(name: str, command: str, figures: list[Figure], **details: Any
     path = RESULTS / f"{name}.json"
     RESULTS.mkdir(exist_ok=True)
     path.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n")
+    show(figures)
+    return path
+
+
+def show(figures: list[Figure]) -> None:
+    """Print figures, and which of them fall short."""
     for figure in figures:
         mark = {True: "ok", False: "SHORT", None: ""}[figure.ok]
         print(
             f"{figure.name:55} {figure.value:10.4g} {figure.unit:8} {figure.goal or '':10} {mark}"
         )
-    return path
 
 
 def machine() -> dict[str, Any]:

@@ -99,12 +99,20 @@ class ActivationConfig(_Section):
     ``actors`` are engines, one a GPU or CPU slot; 0 leaves the tier and the chat out. Capacities are
     MiB of one engine (device) or of one node (the others); 0 leaves a medium out. ``object`` is the
     store of ``objects``. ``encrypt`` seals what lies on disk and in the object store with a key of
-    the tenant, which goes with the tenant.
+    the tenant, which goes with the tenant. ``composing`` off serves the modes blend and fast exactly;
+    auto composes in those that the model's fidelity gate passed, which runs once in idle time.
     """
 
     engine: Literal["transformers", "vllm"] = "transformers"
     vllm: VllmConfig = VllmConfig()
     actors: int = Field(default=1, ge=0, le=64)
+    composing: Literal["auto", "off"] = "auto"
+    gate_cases: int = Field(
+        default=12,
+        ge=1,
+        le=256,
+        description="of the fidelity gate; each takes about 10 s of a core",
+    )
     device_mb: int = Field(default=512, ge=64)
     host_mb: int = Field(default=512, ge=0)
     disk_mb: int = Field(default=8192, ge=0)

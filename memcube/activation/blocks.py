@@ -47,6 +47,11 @@ class Block:
         return self.kv_L2HND.shape[3]
 
     @property
+    def is_segment(self) -> bool:
+        """Whether it stands alone, so that it serves at any place behind its prefix."""
+        return self.parent is None
+
+    @property
     def num_bytes(self) -> int:
         return self.kv_L2HND.numel() * self.kv_L2HND.element_size()
 

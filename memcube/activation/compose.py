@@ -21,11 +21,13 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from memcube.activation.forward import KvBuffer, PackedModel, Row
+from memcube.activation.forward import KvBuffer, Row, RowModel
 from memcube.activation.rope import Rope
 
-BLEND_SHARE = 0.15
-"""Of the attached tokens, how many are computed again."""
+BLEND_SHARE = 0.25
+"""Of the attached tokens, how many are computed again. On 9 cases of other seeds than the benchmark's
+SmolLM2 so recalls 95% of what it recalls after a full prefill, 90% at a share of 0.2; at 0.15 KL and top-1
+still pass, and the facts don't always."""
 FIRST_TOKENS = 4
 """Of each later segment, computed again in any case."""
 QUERY_TOKENS = 64
@@ -71,7 +73,7 @@ class Composition:
 class Composer:
     """Builds segments and composes them, for one model. For the thread that computes."""
 
-    def __init__(self, model: PackedModel, rope: Rope) -> None:
+    def __init__(self, model: RowModel, rope: Rope) -> None:
         self._model = model
         self._rope = rope
 

@@ -9,12 +9,12 @@ import logging
 import math
 import threading
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import AsyncGenerator, Callable, Collection, Sequence
 from concurrent.futures import Future
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from memcube.activation.below import Below
 from memcube.activation.blocks import Block, BlockPool, Lower, RetentionPolicy
 from memcube.activation.contract import GenerateRequest, Mode, Piece, Usage
 from memcube.activation.forward import PackedModel
+from memcube.activation.idle import IdleModel
 from memcube.activation.models import LoadedModel
 from memcube.activation.runs import BatchLimits, Event, Run
 from memcube.activation.stats import EngineStats
@@ -53,6 +54,13 @@ class _Stream:
     items: asyncio.Queue[Piece | MemCubeError] = field(default_factory=asyncio.Queue)
 
 
+class _IdleCall(NamedTuple):
+    """A call that waits for idle time, and who waits for it."""
+
+    call: Callable[[], Any]
+    done: Future[Any]
+
+
 class _Delivery(NamedTuple):
     stream: _Stream
     item: Piece | MemCubeError
@@ -78,10 +86,12 @@ class Engine:
             Below(lower, waiting_bytes=self.limits.down_bytes, clock=clock) if lower else None
         )
         self._pool = BlockPool(policy, self._take_down)
+        self._model = model
         self._batcher = Batcher(model, loaded, self._pool, self.limits, clock)
         self._streams: dict[Run, _Stream] = {}
         self._wake = threading.Condition()
         self._calls: list[Callable[[], None]] = []
+        self._idle_calls: deque[_IdleCall] = deque()
         self._num_open = {False: 0, True: 0}  # by whether in the background
         self._close_at: float | None = None
         self._thread = threading.Thread(target=self._serve, name="compute", daemon=True)
@@ -167,6 +177,10 @@ class Engine:
     async def between_steps(self, call: Callable[[], _T]) -> _T:
         """What a call on the compute thread gives, which has the model to itself meanwhile."""
         return await self._ask(call)
+
+    def idle_model(self) -> IdleModel:
+        """The model for another thread, where it computes when there is nothing else to do."""
+        return IdleModel(self._model, self._post_idle, piece_tokens=self.limits.background_tokens)
 
     def keys(self, request: GenerateRequest) -> tuple[str, ...]:
         """The keys of a prompt's full blocks."""
@@ -266,19 +280,22 @@ class Engine:
             self._calls.append(call)
             self._wake.notify()
 
+    def _post_idle(self, call: Callable[[], Any]) -> Future[Any]:
+        done: Future[Any] = Future()
+        with self._wake:
+            if self._close_at is not None:
+                raise _closed()
+            self._idle_calls.append(_IdleCall(call, done))
+            self._wake.notify()
+        return done
+
     async def _ask(self, call: Callable[[], _T]) -> _T:
         done: Future[_T] = Future()
-
-        def answer() -> None:
-            try:
-                done.set_result(call())
-            except Exception as failed:  # noqa: BLE001 - handed to the caller, whose it is
-                done.set_exception(failed)
 
         with self._wake:
             if self._close_at is not None:
                 raise _closed()
-            self._calls.append(answer)
+            self._calls.append(lambda: _settle(done, call))
             self._wake.notify()
         return await asyncio.wrap_future(done)
 
@@ -296,6 +313,7 @@ class Engine:
                 ):
                     self._send(self._batcher.fail_all(_closed()))
                     self._batcher.settle()
+                    self._refuse_idle_calls()
                     return
                 try:
                     step = self._batcher.step()
@@ -307,12 +325,27 @@ class Engine:
                     why = Unavailable(f"the engine failed: {type(failed).__name__}: {failed}")
                     self._send(self._batcher.abandon(why))
                 else:
-                    idle = step.is_idle
+                    idle = step.is_idle and not self._make_idle_call()
+
+    def _make_idle_call(self) -> bool:
+        """Make one of the calls that wait for idle time. False: there is none."""
+        with self._wake:
+            if not self._idle_calls:
+                return False
+            call, done = self._idle_calls.popleft()
+        _settle(done, call)
+        return True
+
+    def _refuse_idle_calls(self) -> None:
+        with self._wake:
+            for _, done in self._idle_calls:
+                done.set_exception(_closed())
+            self._idle_calls.clear()
 
     def _next_calls(self, idle: bool) -> tuple[list[Callable[[], None]], float | None]:
         """What was posted; after an idle step wait for something to come, or for the time to."""
         with self._wake:
-            if idle and not self._calls:
+            if idle and not self._calls and not self._idle_calls:
                 times = [at for at in (self._batcher.wake_at(), self._close_at) if at is not None]
                 wait_s = max(0.0, min(times) - self._clock()) if times else None
                 if not (self._close_at is not None and not self._batcher.has_runs):
@@ -352,6 +385,13 @@ class Engine:
 def _deliver(deliveries: Sequence[_Delivery]) -> None:
     for stream, item in deliveries:
         stream.items.put_nowait(item)
+
+
+def _settle(done: "Future[_T]", call: Callable[[], _T]) -> None:
+    try:
+        done.set_result(call())
+    except Exception as failed:  # noqa: BLE001 - handed to the caller, whose it is
+        done.set_exception(failed)
 
 
 def _closed() -> Unavailable:

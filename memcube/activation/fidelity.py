@@ -10,6 +10,7 @@ A mode is served only where its figures pass. ``benchmarks.kv_ladder`` measures 
 """
 
 import json
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
@@ -20,12 +21,13 @@ from torch import Tensor
 
 from memcube.activation.compose import BLEND_SHARE, Composer, Composition, Segment
 from memcube.activation.contract import Mode
-from memcube.activation.forward import KvBuffer, PackedModel, Row
+from memcube.activation.forward import KvBuffer, Row, RowModel
 from memcube.activation.models import LoadedModel
 from memcube.activation.needles import Case, Question, make_cases
 from memcube.activation.rope import Rope
 
 ANSWER_TOKENS = 24
+GATE_SEED = 0
 _FORMAT = 1
 
 
@@ -57,13 +59,19 @@ class Fidelity:
     num_facts: int
 
     def passes(self, limits: Thresholds) -> bool:
-        return (
-            self.num_facts > 0
-            and self.kl <= limits.kl
-            and self.top1 >= limits.top1
-            and self.recall >= limits.recall
-            and self.share <= limits.share
-        )
+        return not self.misses(limits)
+
+    def misses(self, limits: Thresholds) -> list[str]:
+        """In words, the limits that these figures don't reach."""
+        reached = {
+            "a full prefill recalls no fact either": self.num_facts > 0,
+            f"KL {self.kl:.4f} (at most {limits.kl:g})": self.kl <= limits.kl,
+            f"top-1 {self.top1:.1%} (at least {limits.top1:.0%})": self.top1 >= limits.top1,
+            f"facts {self.recall:.1%} (at least {limits.recall:.0%})": self.recall >= limits.recall,
+            f"{self.share:.1%} computed again (at most {limits.share:.0%})": self.share
+            <= limits.share,
+        }
+        return [words for words, is_reached in reached.items() if not is_reached]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,12 +86,20 @@ class FidelityReport:
     asked: int = 0
     recalled: int = 0
     modes: dict[Mode, Fidelity] = field(default_factory=dict)
-    passed: frozenset[Mode] = frozenset()
+    passed: tuple[Mode, ...] = ()
     why_not: str | None = None
 
+    def refusals(self) -> str | None:
+        """Why the modes that didn't pass are served exactly; None where all passed."""
+        found = [
+            f"{mode}: {', '.join(figures.misses(THRESHOLDS[mode]))}"
+            for mode, figures in self.modes.items()
+            if mode not in self.passed
+        ]
+        return "; ".join(found) or None
+
     def to_json(self) -> str:
-        data = asdict(self) | {"format": _FORMAT, "passed": sorted(self.passed)}
-        return json.dumps(data, indent=1)
+        return json.dumps(asdict(self) | {"format": _FORMAT}, indent=1)
 
     @classmethod
     def from_json(cls, text: str) -> "FidelityReport":
@@ -96,31 +112,42 @@ class FidelityReport:
             raise ValueError("no fidelity report of this format")
         try:
             modes = {Mode(mode): Fidelity(**figures) for mode, figures in data.pop("modes").items()}
-            passed = frozenset(map(Mode, data.pop("passed")))
+            passed = tuple(map(Mode, data.pop("passed")))
             return cls(modes=modes, passed=passed, **data)
         except (AttributeError, KeyError, TypeError) as wrong:
             raise ValueError(f"no fidelity report: {wrong}") from None
 
 
 def measure_fidelity(
-    loaded: LoadedModel, model: PackedModel, *, num_cases: int = 8, seed: int = 0
+    loaded: LoadedModel,
+    model: RowModel,
+    *,
+    num_cases: int = 12,
+    seed: int = GATE_SEED,
+    measured: Callable[[int], None] = lambda num_cases: None,
 ) -> FidelityReport:
     """Run the gate. About 10 s a case for SmolLM2 on one core; blocks.
 
-    ``model`` must be the one of ``loaded``.
+    ``model`` must be the one of ``loaded``. ``measured`` is told how many cases are done.
+
+    Raises:
+        ValueError: the model gives no numbers (as one that overflows its dtype).
     """
     report = FidelityReport(model=loaded.fingerprint, dtype=loaded.layout.dtype)
     if loaded.why_not is not None:
         return replace(report, why_not=loaded.why_not)
     tallies = {mode: Tally() for mode in THRESHOLDS}
     asked = recalled = 0
-    for trial in trials(loaded, model, num_cases=num_cases, seed=seed):
+    for number, trial in enumerate(trials(loaded, model, num_cases=num_cases, seed=seed), 1):
         asked += len(trial.case.questions)
         recalled += trial.num_recalled
         tallies[Mode.BLEND].add(trial, [trial.blended(q) for q in trial.case.questions])
         tallies[Mode.FAST].add(trial, [trial.composed() for _ in trial.case.questions])
+        measured(number)
     modes = {mode: tally.fidelity() for mode, tally in tallies.items()}
-    passed = frozenset(mode for mode, found in modes.items() if found.passes(THRESHOLDS[mode]))
+    if any(not math.isfinite(found.kl) for found in modes.values()):
+        raise ValueError(f"{loaded.name} in {loaded.layout.dtype} gives logits that are no numbers")
+    passed = tuple(mode for mode, found in modes.items() if found.passes(THRESHOLDS[mode]))
     return replace(report, asked=asked, recalled=recalled, modes=modes, passed=passed)
 
 
@@ -154,7 +181,7 @@ class Reference(NamedTuple):
 class Trial:
     """One case: its full prefill, its segments, and what the full prefill answers."""
 
-    def __init__(self, loaded: LoadedModel, model: PackedModel, case: Case) -> None:
+    def __init__(self, loaded: LoadedModel, model: RowModel, case: Case) -> None:
         self.case = case
         self.composer = Composer(model, Rope(loaded.model))
         self._loaded = loaded
@@ -334,7 +361,7 @@ class Tally:
 
 def trials(
     loaded: LoadedModel,
-    model: PackedModel,
+    model: RowModel,
     *,
     num_cases: int,
     seed: int,

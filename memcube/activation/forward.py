@@ -12,7 +12,7 @@ sliding window, which ``PackedModel`` checks when it is made. Slot i of a buffer
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any, Literal, cast
+from typing import Any, Literal, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -143,6 +143,17 @@ class Row:
     logits: Literal["last", "all", "none"] = "last"
 
 
+class RowModel(Protocol):
+    """What computes rows; see ``PackedModel``."""
+
+    @property
+    def layout(self) -> KvLayout: ...
+    @property
+    def device(self) -> torch.device: ...
+    def forward(self, rows: Sequence[Row]) -> list[Tensor | None]: ...
+    def taken(self, row: Row) -> Tensor: ...
+
+
 class PackedModel:
     """A model that computes ragged rows, each over its own buffer. For one thread at a time."""
 
@@ -154,7 +165,7 @@ class PackedModel:
         """
         self.layout = loaded.layout
         self.model: PreTrainedModel = loaded.model
-        self.device = self.model.device
+        self.device: torch.device = self.model.device
         if self.model.config._attn_implementation != _NAME:
             self._check(loaded.name)
             if self.device.type == "cpu":

@@ -73,7 +73,7 @@ class StoreBelow:
             payload = KvPayload.of(
                 self._rope.unrotate(block.kv_L2HND, positions),
                 key=block.key,
-                kind="block",
+                kind="segment" if block.is_segment else "block",
                 layout=self._layout,
                 codec=self._codec,
                 model=self._model,
@@ -85,6 +85,7 @@ class StoreBelow:
                 group=block.group,
                 saves_s=block.saves_s,
                 load_s=0.0,
+                parent=block.parent,
             )
             self._store.put(payload, item, block.cubes)
 

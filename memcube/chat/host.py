@@ -51,7 +51,10 @@ class ChatHost:
                     )
 
     async def build(self, wanted: BuildRequest) -> Usage:
-        """Compute and store the KV of these memories when nothing else is to be done."""
+        """Compute and store the KV of these memories when nothing else is to be done.
+
+        A mode that the model's fidelity gate didn't pass is built, as it is served, exactly.
+        """
         return await self._engine.build(self._ahead(self._prompts.prefix(wanted.segments), wanted))
 
     def _ahead(self, built: BuiltPrompt, wanted: BuildRequest) -> GenerateRequest:

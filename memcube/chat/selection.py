@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from typing import NamedTuple
 
 from memcube.chat.contract import MemorySegment
 from memcube.context import estimate_tokens, memory_line
@@ -20,6 +21,9 @@ from memcube.window import Window
 
 SEGMENT_TOKENS = 512
 """A segment holds no more, unless one memory alone is longer."""
+SHORT_TOKENS = 256
+"""A last segment that would be shorter takes its share of the one before: the KV of short segments
+loses more when it is composed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +44,12 @@ class Packed:
     place: tuple[datetime, str]
 
 
+class _Line(NamedTuple):
+    cube: MemCube
+    text: str
+    num_tokens: int
+
+
 def wanted(hits: Iterable[Hit]) -> Wanted:
     """The windows that the hits lie in. A window is worth the sum of its hits' scores."""
     windows: dict[Window, float] = defaultdict(float)
@@ -55,22 +65,32 @@ def wanted(hits: Iterable[Hit]) -> Wanted:
 
 
 def pack(cubes: Sequence[MemCube], *, worth: float) -> list[Packed]:
-    """Segments of these cubes, in their order, each of SEGMENT_TOKENS at most."""
-    packed: list[Packed] = []
-    group: list[tuple[MemCube, str]] = []
+    """Segments of these cubes, in their order, each of SEGMENT_TOKENS at most, and of about
+    SHORT_TOKENS at least where there are as many. More cubes at the end leave all segments but the last two."""
+    groups: list[list[_Line]] = [[]]
     tokens = 0
     for cube in cubes:
         d = cube.descriptive
-        line = memory_line(cube.text, speaker=d.speaker, time=d.event_time or d.created_at) + "\n"
-        cost = estimate_tokens(line)
-        if group and tokens + cost > SEGMENT_TOKENS:
-            packed.append(_packed(group, tokens, worth))
-            group, tokens = [], 0
-        group.append((cube, line))
-        tokens += cost
-    if group:
-        packed.append(_packed(group, tokens, worth))
-    return packed
+        text = memory_line(cube.text, speaker=d.speaker, time=d.event_time or d.created_at) + "\n"
+        line = _Line(cube, text, estimate_tokens(text))
+        if groups[-1] and tokens + line.num_tokens > SEGMENT_TOKENS:
+            groups.append([])
+            tokens = 0
+        groups[-1].append(line)
+        tokens += line.num_tokens
+    if len(groups) > 1 and tokens < SHORT_TOKENS:
+        groups[-2:] = _evened(groups[-2] + groups[-1])
+    return [_packed(group, worth) for group in groups if group]
+
+
+def _evened(lines: list[_Line]) -> list[list[_Line]]:
+    """Two groups of these lines, as even as they come; each within its bound."""
+    total = sum(line.num_tokens for line in lines)
+    best, before = (total, 0), 0
+    for place, line in enumerate(lines[:-1], 1):
+        before += line.num_tokens
+        best = min(best, (max(before, total - before), place))
+    return [lines[: best[1]], lines[best[1] :]]
 
 
 def fitting(packed: Sequence[Packed], *, token_budget: int) -> tuple[MemorySegment, ...]:
@@ -84,13 +104,13 @@ def fitting(packed: Sequence[Packed], *, token_budget: int) -> tuple[MemorySegme
     return tuple(one.segment for one in sorted(chosen, key=lambda one: one.place))
 
 
-def _packed(group: Sequence[tuple[MemCube, str]], tokens: int, worth: float) -> Packed:
-    first = group[0][0]
+def _packed(group: Sequence[_Line], worth: float) -> Packed:
+    first = group[0].cube
     return Packed(
         segment=MemorySegment(
-            text="".join(line for _, line in group), cubes=tuple(cube.id for cube, _ in group)
+            text="".join(line.text for line in group), cubes=tuple(line.cube.id for line in group)
         ),
-        num_tokens=tokens,
+        num_tokens=sum(line.num_tokens for line in group),
         worth=worth,
         place=(first.descriptive.event_time or first.descriptive.created_at, first.id),
     )

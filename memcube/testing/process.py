@@ -18,7 +18,8 @@ START_S = 180.0
 class SystemProcess:
     """``python -m cluster.up`` on a free port over one data folder.
 
-    It has no chat model (which takes a gigabyte and some seconds) unless ``chat`` is asked for.
+    It has no chat model (which takes a gigabyte and some seconds) unless ``chat`` is asked for, and
+    runs no fidelity gate (which takes minutes of idle time) unless ``overrides`` say so.
     ``start`` returns when it is ready. Its whole process tree is known by the launcher's pid.
     """
 
@@ -31,7 +32,11 @@ class SystemProcess:
         chat: bool = False,
     ) -> None:
         self.data_dir = data_dir
-        self._overrides = [f"activation.actors={int(chat)}", *overrides]
+        self._overrides = [
+            f"activation.actors={int(chat)}",
+            "activation.composing=off",
+            *overrides,
+        ]
         self._port = port
         self._launcher: subprocess.Popen[bytes] | None = None
         self.url = ""

@@ -1,8 +1,10 @@
 """The chat, by the official OpenAI client over a running system with the packaged model."""
 
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 from openai import OpenAI
@@ -32,13 +34,13 @@ def openai(system: SystemProcess) -> OpenAI:
     return OpenAI(base_url=f"{system.url}/v1", api_key=system.key, max_retries=0, timeout=120)
 
 
-def ask(openai: OpenAI, question: str, user: str, **more):
+def ask(openai: OpenAI, question: str, user: str, memory: dict[str, Any] | None = None, **more):
     return openai.chat.completions.create(
         model=MODEL,
         messages=[{"role": "user", "content": question}],
         max_tokens=12,
         temperature=0,
-        extra_body={"memory": {"user_id": user}},
+        extra_body={"memory": {"user_id": user} | (memory or {})},
         **more,
     )
 
@@ -195,3 +197,41 @@ def test_kv_outlives_a_restart_on_disk(tmp_path: Path):
         assert attached[1] > 0
     finally:
         system.stop()
+
+
+@pytest.mark.slow
+def test_once_the_gate_has_passed_a_memory_read_for_one_question_is_composed_for_another(
+    tmp_path: Path,
+):
+    overrides = ["activation.composing=auto", "activation.gate_cases=1"]
+    with SystemProcess(tmp_path / "data", overrides, chat=True) as system:
+        openai = OpenAI(base_url=f"{system.url}/v1", api_key=system.key, max_retries=0)
+        with MemCubeClient(system.url, system.key) as client:
+            turns = [
+                # All of one length, so that the halves are what both together are packed into.
+                {
+                    "role": "user",
+                    "content": f"On day {n} we {what} with aunt Mary; it took all of {n + 2} minutes.",
+                }
+                for n, what in enumerate(
+                    ["baked a dark bread"] * 12 + ["painted a row boat"] * 12, 10
+                )
+            ]
+            ids = [result.id for result in client.add(turns, user_id="handy").results]
+            until = time.monotonic() + 280
+            while (gate := client.status()["engines"][0]["composing"])["state"] == "measuring":
+                assert time.monotonic() < until
+                time.sleep(1)
+        assert gate["state"] == "done"
+        assert "blend" in gate["modes"]
+        assert gate["report"]["modes"]["blend"]["kl"] <= 0.03
+
+        def forms(cube_ids: list[str]) -> list[str]:
+            choice = {"mode": "blend", "token_budget": 2000, "cube_ids": cube_ids}
+            answer = ask(openai, "Who was there?", "handy", choice).model_extra["memory"]
+            return [cube["form"] for cube in answer["cubes"]]
+
+        # Each half is read alone, and then both together.
+        assert forms(ids[:12]) == ["text"] * 12
+        assert forms(ids[12:]) == ["text"] * 12
+        assert forms(ids) == ["exact_kv"] * 12 + ["composed_kv"] * 12

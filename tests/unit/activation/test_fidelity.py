@@ -97,9 +97,9 @@ def test_the_gate_reports_each_mode_and_passes_what_reaches_its_thresholds(loade
     report = measure_fidelity(loaded, model, num_cases=1)
     assert report.modes.keys() == {Mode.BLEND, Mode.FAST}
     assert report.asked == 2
-    assert report.modes[Mode.BLEND].share <= 0.15
+    assert report.modes[Mode.BLEND].share <= 0.25
     assert report.modes[Mode.FAST].share == 0.0
-    assert report.passed == frozenset()  # a random model recalls nothing
+    assert report.passed == ()  # a random model recalls nothing
     assert FidelityReport.from_json(report.to_json()) == report
 
 
@@ -116,7 +116,7 @@ def test_a_model_whose_keys_cannot_be_moved_is_not_measured():
     loaded = loaded_of(EXACT_ONLY["window"])
     report = measure_fidelity(loaded, PackedModel(loaded))
     assert "sliding window" in report.why_not
-    assert report.passed == frozenset()
+    assert report.passed == ()
     assert FidelityReport.from_json(report.to_json()) == report
 
 

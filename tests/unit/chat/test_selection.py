@@ -5,7 +5,7 @@ import pytest
 from memcube.activation.contract import SegmentRef, Usage
 from memcube.chat.contract import SegmentUse
 from memcube.chat.host import segment_uses
-from memcube.chat.selection import SEGMENT_TOKENS, fitting, pack, wanted
+from memcube.chat.selection import SEGMENT_TOKENS, SHORT_TOKENS, fitting, pack, wanted
 from memcube.context import estimate_tokens
 from memcube.cube import Descriptive, Governance, MemCube, Shape
 from memcube.ids import CubeId, TenantId
@@ -62,6 +62,20 @@ def test_a_segment_holds_whole_memories_within_its_bound_and_nothing_is_left_out
     assert all(estimate_tokens(one.segment.text) == one.num_tokens for one in packed)
 
 
+def test_a_short_last_segment_takes_its_share_of_the_one_before():
+    cubes = [cube(n, "word " * 40) for n in range(10)]
+    packed = pack(cubes, worth=1.0)
+    assert [id for one in packed for id in one.segment.cubes] == [c.id for c in cubes]
+    assert [len(one.segment.cubes) for one in packed] == [5, 5]
+    assert all(SHORT_TOKENS <= one.num_tokens <= SEGMENT_TOKENS for one in packed)
+
+
+def test_more_memories_leave_all_segments_but_the_last_two():
+    cubes = [cube(n, "word " * 60) for n in range(30)]
+    fewer, more = pack(cubes[:-1], worth=1.0), pack(cubes, worth=1.0)
+    assert [one.segment for one in fewer][:-2] == [one.segment for one in more][: len(fewer) - 2]
+
+
 def test_a_memory_longer_than_a_segment_is_one_of_its_own():
     (one,) = pack([cube(1, "word " * 2000)], worth=1.0)
     assert one.num_tokens > SEGMENT_TOKENS
@@ -96,3 +110,4 @@ def test_a_segment_counts_as_what_most_of_it_was():
     assert [use.form for use in uses(64)] == ["exact_kv", "exact_kv"]
     assert [use.form for use in uses(40)] == ["exact_kv", "text"]
     assert [use.form for use in uses(10, (SegmentRef(10, 40),))] == ["composed_kv", "text"]
+    assert [use.form for use in uses(40, (SegmentRef(40, 70),))] == ["exact_kv", "composed_kv"]

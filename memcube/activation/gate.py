@@ -1,0 +1,179 @@
+"""The fidelity gate of a running engine: run once for a model, in idle time, and remembered.
+
+Until it has passed, requests for composed modes are served exactly. Its report lies beside the
+converted models, named by all that its figures depend on: the model, what is asked of it, how
+segments are composed, and ``GATE_VERSION``. A report that can't be read is made anew. Of several
+engines on one node one measures, and the others wait for its report.
+"""
+
+import asyncio
+import contextlib
+import fcntl
+import logging
+import os
+import tempfile
+from collections.abc import AsyncIterator, Collection
+from contextlib import asynccontextmanager
+from dataclasses import asdict, dataclass, field, replace
+from enum import StrEnum
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from memcube.activation.compose import BLEND_SHARE, FIRST_TOKENS, QUERY_TOKENS
+from memcube.activation.contract import Mode
+from memcube.activation.fidelity import (
+    GATE_SEED,
+    THRESHOLDS,
+    FidelityReport,
+    measure_fidelity,
+)
+from memcube.activation.forward import RowModel
+from memcube.activation.models import LoadedModel
+from memcube.errors import Unavailable
+from memcube.ids import digest
+
+log = logging.getLogger(__name__)
+
+GATE_VERSION = 1
+"""Raise it where the same constants compose otherwise than before, or cases are made otherwise."""
+_FOLDER = "fidelity"
+_LOOK_S = 2.0
+
+
+class GateState(StrEnum):
+    """Where the gate of a model stands."""
+
+    OFF = "off"
+    """By configuration nothing is composed."""
+    MEASURING = "measuring"
+    DONE = "done"
+    FAILED = "failed"
+    """It could not be measured; ``GateStatus.why`` says why."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GateStatus:
+    """Which modes are composed, and why. ``num_measured`` of ``num_cases`` cases are done."""
+
+    state: GateState
+    modes: tuple[Mode, ...] = ()
+    why: str | None = None
+    num_cases: int = 0
+    num_measured: int = 0
+    report: FidelityReport | None = field(default=None, repr=False)
+
+
+class GatedEngine(Protocol):
+    """An engine as the gate sees it."""
+
+    @property
+    def loaded(self) -> LoadedModel: ...
+    def idle_model(self) -> RowModel: ...
+    def allow_composing(self, modes: Collection[Mode]) -> None: ...
+
+
+class FidelityGate:
+    """Decides which modes an engine composes."""
+
+    def __init__(self, engine: GatedEngine, cache_dir: Path, *, num_cases: int) -> None:
+        self._engine = engine
+        self._path = cache_dir / _FOLDER / f"{report_key(engine.loaded, num_cases)}.json"
+        self.status = GateStatus(state=GateState.MEASURING, num_cases=num_cases)
+
+    async def run(self) -> None:
+        """Read the report or make it, and let the engine compose what passed.
+
+        Raises nothing but its own cancellation: what goes wrong is in ``status``.
+        """
+        try:
+            report = await self._report()
+            self._engine.allow_composing(report.passed)
+        except Unavailable as closed:
+            self._failed(str(closed))
+        except Exception as failed:
+            log.exception("the fidelity gate failed; nothing is composed")
+            self._failed(f"{type(failed).__name__}: {failed}")
+        else:
+            self.status = replace(
+                self.status,
+                state=GateState.DONE,
+                modes=report.passed,
+                why=report.why_not or report.refusals(),
+                report=report,
+            )
+            log.info("composed modes that passed the gate: %s", ", ".join(report.passed) or "none")
+
+    def _failed(self, why: str) -> None:
+        self.status = replace(self.status, state=GateState.FAILED, why=why)
+
+    async def _report(self) -> FidelityReport:
+        if (stored := self._stored()) is not None:
+            return stored
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        async with _alone(self._path.with_suffix(".lock")):
+            if (stored := self._stored()) is not None:
+                return stored
+            report = await asyncio.to_thread(self._measure)
+            _write(self._path, report.to_json())
+            return report
+
+    def _stored(self) -> FidelityReport | None:
+        """The stored report, unless it is damaged or of another model."""
+        try:
+            report = FidelityReport.from_json(self._path.read_text())
+        except (OSError, ValueError):
+            return None
+        loaded = self._engine.loaded
+        is_ours = (report.model, report.dtype) == (loaded.fingerprint, loaded.layout.dtype)
+        return report if is_ours else None
+
+    @torch.inference_mode()
+    def _measure(self) -> FidelityReport:
+        return measure_fidelity(
+            self._engine.loaded,
+            self._engine.idle_model(),
+            num_cases=self.status.num_cases,
+            measured=self._count,
+        )
+
+    def _count(self, num_cases: int) -> None:
+        self.status = replace(self.status, num_measured=num_cases)
+
+
+def report_key(loaded: LoadedModel, num_cases: int) -> str:
+    """What a report's figures depend on."""
+    limits = [f"{mode}:{sorted(asdict(limit).items())}" for mode, limit in THRESHOLDS.items()]
+    composing = f"{BLEND_SHARE}:{FIRST_TOKENS}:{QUERY_TOKENS}"
+    return digest(
+        "fidelity",
+        str(GATE_VERSION),
+        loaded.fingerprint,
+        loaded.tokenizer_fingerprint,
+        loaded.layout.dtype,
+        f"{num_cases}:{GATE_SEED}",
+        composing,
+        *limits,
+    )
+
+
+@asynccontextmanager
+async def _alone(path: Path) -> AsyncIterator[None]:
+    """Hold a lock between processes, which ends with the process if not before."""
+    with path.open("w") as file:
+        while True:
+            with contextlib.suppress(BlockingIOError):
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            await asyncio.sleep(_LOOK_S)
+        yield
+
+
+def _write(path: Path, text: str) -> None:
+    """Put a file in its place whole or not at all."""
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(file.name, path)
