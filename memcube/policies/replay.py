@@ -65,7 +65,9 @@ def read_mooncake(path: Path) -> list[Request]:
                 blocks = tuple(map(str, row["hash_ids"]))
                 requests.append(Request(at_s=row["timestamp"] / 1000, blocks=blocks))
             except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(f"{path}, line {number} is no request of a trace: {error}") from error
+                raise ValueError(
+                    f"{path}, line {number} is no request of a trace: {error}"
+                ) from error
     return with_conversations(requests)
 
 

@@ -40,7 +40,9 @@ def scans(num: int, *, seed: int = 0) -> list[Request]:
     return _retimed(out[:num])
 
 
-def recent(num: int, *, mean_depth: float = 1_500, p_new: float = 0.3, seed: int = 0) -> list[Request]:
+def recent(
+    num: int, *, mean_depth: float = 1_500, p_new: float = 0.3, seed: int = 0
+) -> list[Request]:
     """The more recent the likelier to be used again, and nothing else: LRU is best."""
     rng = random.Random(seed)
     history: list[str] = []
