@@ -4,10 +4,12 @@
 #   ARGS    passed on to the program, such as make serve ARGS="--port 9000"
 #   TESTS   what `make test` runs, such as make test TESTS=tests/unit/test_filters.py
 #   LOCOMO  the conversations that bench-locomo measures on
+#   TRACE   the requests that bench-trace replays
 PYTHON ?= python3
 ARGS ?=
 TESTS ?= tests
 LOCOMO ?= ../shared/data/locomo/dev.json
+TRACE ?= ../shared/data/traces/mooncake_conversation.jsonl
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -26,7 +28,7 @@ endif
 
 .NOTPARALLEL:
 .PHONY: help setup serve demo test test-unit test-integration test-all lint format chaos clean \
-	bench bench-locomo bench-http bench-store bench-embedder bench-kv bench-chaos bench-check bench-table
+	bench bench-locomo bench-http bench-store bench-embedder bench-kv bench-trace bench-chaos bench-check bench-table
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -76,7 +78,7 @@ format: setup  ## put the code into ruff's form
 
 chaos: bench-chaos  ## kill -9 everything in turn, 50 times, under steady adds
 
-bench: bench-store bench-embedder bench-http bench-kv bench-chaos bench-locomo bench-check  ## all benchmarks
+bench: bench-store bench-embedder bench-http bench-kv bench-trace bench-chaos bench-locomo bench-check  ## all benchmarks
 
 bench-locomo: setup  ## retrieval on real conversations, beside BM25 and plain dense (LOCOMO=FILE)
 	$(PY) -m benchmarks.bench_locomo $(LOCOMO) $(ARGS)
@@ -92,6 +94,9 @@ bench-embedder: setup  ## what embedding costs, by backend
 
 bench-kv: setup  ## the activation tier (ARGS: --short, --parts ttft,ladder,media,batch)
 	$(PY) -m benchmarks.bench_kv $(ARGS)
+
+bench-trace: setup  ## the KV retention policy on a trace, beside others (TRACE=FILE)
+	$(PY) -m benchmarks.bench_trace --trace $(TRACE) $(ARGS)
 
 bench-chaos: setup
 	$(PY) -m benchmarks.chaos $(ARGS)

@@ -155,7 +155,7 @@ class Retention:
         self,
         capacity_bytes: int,
         *,
-        low: float = 0.9,
+        low: float = 0.98,
         high: float = 1.0,
         budgets: Mapping[str, Budget] | None = None,
         min_shadows: int = _MIN_SHADOWS,

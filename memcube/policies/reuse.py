@@ -2,10 +2,11 @@
 
 Payloads are sorted into classes by what is known of them when they are used: a hint about their
 conversation, how often they and their conversation were used, and how long the last wait was. Each
-class has a life table: over steps of age, how many were at risk of a use and how many were used. Classes
-that have seen little borrow from the class above them, which leaves out their last feature, up to the
-root, which begins as "the chance of a use in the next doubling of age is the same at each age". That
-makes an untaught policy one of least recent use.
+class has a life table: over steps of age, how many were at risk of a use and how many were used. A class
+and the one above it, which leaves out its last feature, are in a duel: whose rates foretold better what
+came since is trusted more. So a feature that tells nothing adds no noise, and one that does soon counts.
+The root's opponent is "the chance of a use in the next doubling of age is the same at each age": where
+nothing better was learnt, that makes the policy one of least recent use.
 
 What a policy asks for is a class's *index* at an age: uses per unit of time held, over the stretch of
 time ahead for which that is greatest (Gittins 1979, for a prize that ends the wait). It is high just
@@ -32,6 +33,9 @@ _EDGES = [0.0] + [FIRST_STEP * 2 ** (step / 2) for step in range(_NUM_STEPS - 1)
 _WIDTHS = [after - before for before, after in pairwise(_EDGES)] + [_EDGES[-1]]
 _PRIOR = 0.2
 """Uses to be expected while the age grows by itself, before anything was learnt."""
+_LEAST = 1e-15
+_MOST_EVIDENCE = 10.0
+"""So much at most either way, so that a class that begins to tell something is soon trusted."""
 _NO_HINT = -1
 _HINT_LEVELS = 8
 
@@ -97,6 +101,10 @@ class ReuseModel:
         self._risks: list[list[float]] = []
         self.index: list[list[float]] = []
         """By class and step; as of the last ``fit``."""
+        self._own = self._other = np.empty((0, _NUM_STEPS))
+        """By class and step: the rates that the last ``fit`` set against each other."""
+        self._old_uses = self._old_risks = np.empty((0, _NUM_STEPS))
+        self._evidence = np.empty(0)
         self._class(())
         self.fit(np.zeros((1, _NUM_STEPS)), 0)
 
@@ -130,26 +138,55 @@ class ReuseModel:
         widths = np.array(_WIDTHS)
         uses = np.array(self._uses)
         risks = np.array(self._risks)
-        fade = 0.5 ** (elapsed / HALF_LIFE)
-        self._uses = (uses * fade).tolist()
-        self._risks = (risks * fade).tolist()
-        risks[: len(present)] += 0.5 * widths * present
         above = np.array(self._above)
         depths = np.array(self._depths)
         levels = [np.flatnonzero(depths == depth) for depth in range(depths.max() + 1)]
-        for level in reversed(levels[1:]):
-            np.add.at(uses, above[level], uses[level])
-            np.add.at(risks, above[level], risks[level])
+
+        def with_those_below(counts: np.ndarray) -> np.ndarray:
+            for level in reversed(levels[1:]):
+                np.add.at(counts, above[level], counts[level])
+            return counts
+
+        num_known = len(self._evidence)
+        new_uses, new_risks = uses.copy(), risks.copy()
+        new_uses[:num_known] -= self._old_uses
+        new_risks[:num_known] -= self._old_risks
+        fade = 0.5 ** (elapsed / HALF_LIFE)
+        self._old_uses, self._old_risks = uses * fade, risks * fade
+        self._uses, self._risks = self._old_uses.tolist(), self._old_risks.tolist()
+        trust = self._trust(with_those_below(new_uses), with_those_below(new_risks), fade)
+
+        risks[: len(present)] += 0.5 * widths * present
+        uses, risks = with_those_below(uses), with_those_below(risks)
         prior = _PRIOR / np.maximum(FIRST_STEP / 2, np.array(_EDGES))
-        rates = np.empty_like(uses)
-        rates[0] = (uses[0] + 1) / (risks[0] + 1 / prior)
+        rates, own, other = (np.empty_like(uses) for _ in range(3))
+        own[0] = (uses[0] + 1) / (risks[0] + 1 / prior)
+        other[0] = prior * (uses[0].sum() + 1) / ((risks[0] * prior).sum() + 1)
+        rates[0] = trust[0] * own[0] + (1 - trust[0]) * other[0]
         for depth, level in enumerate(levels[1:], start=1):
             borrowed = rates[above[level]]
             expected = np.ones_like(borrowed)
             if depth == 1:
                 expected = self._hinted(level, borrowed[0], widths)
-            rates[level] = (uses[level] + expected) / (risks[level] + 1 / borrowed)
-        self.index = _indexes(np.maximum(rates, 1e-15), widths).tolist()
+            own[level] = (uses[level] + expected) / (risks[level] + 1 / borrowed)
+            other[level] = borrowed * expected
+            rates[level] = trust[level] * own[level] + (1 - trust[level]) * other[level]
+        self._own, self._other = np.maximum(own, _LEAST), np.maximum(other, _LEAST)
+        self.index = _indexes(np.maximum(rates, _LEAST), widths).tolist()
+
+    def _trust(self, uses: np.ndarray, risks: np.ndarray, fade: float) -> np.ndarray:
+        """How far each class's own rates are trusted, after uses and risks that they didn't know of.
+
+        The evidence is by how much its own rates make these likelier than the other rates do, each
+        being Poisson, as a logarithm.
+        """
+        num_known = len(self._evidence)
+        told = uses[:num_known] * np.log(self._own / self._other)
+        told -= (self._own - self._other) * risks[:num_known]
+        evidence = self._evidence * fade + told.sum(axis=1)
+        self._evidence = np.zeros(len(uses))
+        self._evidence[:num_known] = np.clip(evidence, -_MOST_EVIDENCE, _MOST_EVIDENCE)
+        return (1 / (1 + np.exp(-self._evidence)))[:, None]
 
     def _class(self, features: tuple[int, ...]) -> int:
         """A new class, and those above it that are missing."""
