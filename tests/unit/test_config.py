@@ -43,6 +43,13 @@ def test_an_override_is_read_as_yaml():
     assert config.data_dir == Path("/tmp/a=b")
 
 
+def test_a_mode_called_off_is_no_boolean():
+    config = load_config(None, ["activation.composing=off", "chat.mode=off", "gateway.replicas=2"])
+    assert (config.activation.composing, config.chat.mode) == ("off", "off")
+    switched = load_config(None, ["activation.encrypt=no", "model.allow_download=TRUE"])
+    assert (switched.activation.encrypt, switched.model.allow_download) == (False, True)
+
+
 def test_a_later_override_wins():
     assert load_config(None, ["http.port=1", "http.port=2"]).http.port == 2
 
