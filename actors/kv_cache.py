@@ -17,7 +17,7 @@ from actors.kv_store import RemoteKvStore, spawn_kv_store_actor
 from memcube.activation.contract import KvEngine, Usage
 from memcube.activation.engine import Engine, EngineLimits
 from memcube.activation.forward import PackedModel
-from memcube.activation.gate import FidelityGate, GateState, GateStatus
+from memcube.activation.gate import FidelityGate, GateState, GateStatus, machine_is_busy
 from memcube.activation.lower import StoreBelow
 from memcube.activation.models import load_model
 from memcube.activation.stats import KvStats
@@ -120,7 +120,12 @@ class KVCacheActor:
         prompts = PromptBuilder(loaded.tokenizer, system=config.chat.system)
         gate = gating = None
         if wanted.composing == "auto":
-            gate = FidelityGate(engine, config.model_folder(), num_cases=wanted.gate_cases)
+            gate = FidelityGate(
+                engine,
+                config.model_folder(),
+                num_cases=wanted.gate_cases,
+                is_busy=machine_is_busy,
+            )
             gating = asyncio.create_task(gate.run())
         return _Open(ChatHost(engine, prompts), engine, store, info, gate, gating)
 
@@ -185,7 +190,8 @@ class KVCacheActor:
             return
         opened = await self._opening
         await opened.engine.close(drain_s=5.0)
-        if opened.gating is not None:
+        if opened.gate is not None and opened.gating is not None:
+            opened.gate.end()
             opened.gating.cancel()
         if opened.store is not None:
             await opened.store.close.remote()

@@ -178,9 +178,12 @@ class Engine:
         """What a call on the compute thread gives, which has the model to itself meanwhile."""
         return await self._ask(call)
 
-    def idle_model(self) -> IdleModel:
-        """The model for another thread, where it computes when there is nothing else to do."""
-        return IdleModel(self._model, self._post_idle, piece_tokens=self.limits.background_tokens)
+    def idle_model(self, pause: Callable[[], None] = lambda: None) -> IdleModel:
+        """The model for another thread, where it computes when there is nothing else to do here and
+        ``pause`` has returned."""
+        return IdleModel(
+            self._model, self._post_idle, piece_tokens=self.limits.background_tokens, pause=pause
+        )
 
     def keys(self, request: GenerateRequest) -> tuple[str, ...]:
         """The keys of a prompt's full blocks."""

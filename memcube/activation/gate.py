@@ -12,13 +12,15 @@ import fcntl
 import logging
 import os
 import tempfile
-from collections.abc import AsyncIterator, Collection
+import threading
+from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Protocol
 
+import psutil
 import torch
 
 from memcube.activation.compose import BLEND_SHARE, FIRST_TOKENS, QUERY_TOKENS
@@ -40,6 +42,7 @@ GATE_VERSION = 1
 """Raise it where the same constants compose otherwise than before, or cases are made otherwise."""
 _FOLDER = "fidelity"
 _LOOK_S = 2.0
+_SAMPLE_S, _MOST_PERCENT = 0.1, 60.0
 
 
 class GateState(StrEnum):
@@ -70,15 +73,25 @@ class GatedEngine(Protocol):
 
     @property
     def loaded(self) -> LoadedModel: ...
-    def idle_model(self) -> RowModel: ...
+    def idle_model(self, pause: Callable[[], None]) -> RowModel: ...
     def allow_composing(self, modes: Collection[Mode]) -> None: ...
 
 
 class FidelityGate:
     """Decides which modes an engine composes."""
 
-    def __init__(self, engine: GatedEngine, cache_dir: Path, *, num_cases: int) -> None:
+    def __init__(
+        self,
+        engine: GatedEngine,
+        cache_dir: Path,
+        *,
+        num_cases: int,
+        is_busy: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """``is_busy`` says whether others need the machine; it is asked before each piece."""
         self._engine = engine
+        self._is_busy = is_busy
+        self._ended = threading.Event()
         self._path = cache_dir / _FOLDER / f"{report_key(engine.loaded, num_cases)}.json"
         self.status = GateStatus(state=GateState.MEASURING, num_cases=num_cases)
 
@@ -133,13 +146,27 @@ class FidelityGate:
     def _measure(self) -> FidelityReport:
         return measure_fidelity(
             self._engine.loaded,
-            self._engine.idle_model(),
+            self._engine.idle_model(self._until_calm),
             num_cases=self.status.num_cases,
             measured=self._count,
         )
 
+    def _until_calm(self) -> None:
+        while self._is_busy() or self._ended.is_set():
+            if self._ended.wait(_LOOK_S):
+                raise Unavailable("the fidelity gate was ended")
+
+    def end(self) -> None:
+        """Measure no further."""
+        self._ended.set()
+
     def _count(self, num_cases: int) -> None:
         self.status = replace(self.status, num_measured=num_cases)
+
+
+def machine_is_busy() -> bool:
+    """Whether others use most of this machine's processors; looks for a tenth of a second."""
+    return psutil.cpu_percent(_SAMPLE_S) > _MOST_PERCENT
 
 
 def report_key(loaded: LoadedModel, num_cases: int) -> str:

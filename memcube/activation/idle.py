@@ -24,8 +24,10 @@ class IdleModel:
         post: Callable[[Callable[[], Any]], "Future[Any]"],
         *,
         piece_tokens: int,
+        pause: Callable[[], None],
     ) -> None:
-        """``post`` hands a call to the thread that computes.
+        """``post`` hands a call to the thread that computes; ``pause`` is called before each, and
+        returns when there is room for it on the machine.
 
         Its future, and so each call here, raises ``Unavailable`` where the engine is closed.
         """
@@ -34,20 +36,25 @@ class IdleModel:
         self._model = model
         self._post = post
         self._piece_tokens = piece_tokens
+        self._pause = pause
 
     def forward(self, rows: Sequence[Row]) -> list[Tensor | None]:
         """As ``PackedModel.forward`` gives it; a longer call piece by piece."""
         if sum(len(row.token_ids) for row in rows) <= self._piece_tokens:
-            return self._post(lambda: self._model.forward(rows)).result()
+            return self._made(lambda: self._model.forward(rows))
         return [self._in_pieces(row) for row in rows]
 
     def taken(self, row: Row) -> Tensor:
         """As ``PackedModel.taken`` gives it, in one piece."""
-        return self._post(lambda: self._model.taken(row)).result()
+        return self._made(lambda: self._model.taken(row))
+
+    def _made(self, call: Callable[[], Any]) -> Any:
+        self._pause()
+        return self._post(call).result()
 
     def _in_pieces(self, row: Row) -> Tensor | None:
         found = [
-            self._post(lambda piece=piece: self._model.forward([piece])[0]).result()
+            self._made(lambda piece=piece: self._model.forward([piece])[0])
             for piece in _pieces(row, self._piece_tokens)
         ]
         wanted = [logits for logits in found if logits is not None]

@@ -35,7 +35,8 @@ class Composes:
         self.loaded = loaded
         self.allowed = None
 
-    def idle_model(self):
+    def idle_model(self, pause):
+        self.pause = pause
         return MODEL
 
     def allow_composing(self, modes):
@@ -305,3 +306,28 @@ async def test_thresholds_that_a_random_model_reaches_let_it_compose(slow, tmp_p
     again = make(slow.engine, tmp_path, num_cases=1)
     await again.run()
     assert slow.engine._batcher.composing.modes == {Mode.BLEND, Mode.FAST}
+
+
+async def test_the_gate_waits_while_others_need_the_machine(tmp_path, measured, monkeypatch):
+    monkeypatch.setattr(gates, "_LOOK_S", 0.001)
+    busy, engine = [True, True, False], Composes()
+    gate = FidelityGate(engine, tmp_path, num_cases=2, is_busy=lambda: busy.pop(0))
+    await gate.run()
+    engine.pause()
+    assert busy == []
+
+
+async def test_a_gate_that_was_ended_waits_no_longer(tmp_path, measured):
+    engine = Composes()
+    gate = FidelityGate(engine, tmp_path, num_cases=2, is_busy=lambda: True)
+    await gate.run()
+    gate.end()
+    with pytest.raises(Unavailable, match="was ended"):
+        engine.pause()
+
+
+def test_the_idle_model_pauses_before_each_piece(slow):
+    paused = []
+    idle = slow.engine.idle_model(lambda: paused.append(1))
+    idle.forward([Row(KvBuffer(MODEL.layout, "cpu"), [5] * 80)])
+    assert len(paused) == 3
