@@ -499,13 +499,7 @@ def _create(path: Path, spec: IndexSpec) -> None:
     shard = qe.EdgeShard.create(
         str(begun),
         qe.EdgeConfig(
-            # In memory, as a Qdrant server has them: the first search of each tenant after an
-            # optimisation would fault them in a page at a time.
-            vectors={
-                DENSE: qe.EdgeVectorParams(
-                    size=spec.dim, distance=qe.Distance.Cosine, memory=qe.Memory.Pinned
-                )
-            },
+            vectors={DENSE: qe.EdgeVectorParams(size=spec.dim, distance=qe.Distance.Cosine)},
             payload_memory=qe.Memory.Cached,
             sparse_vectors={SPARSE: qe.EdgeSparseVectorParams(modifier=qe.Modifier.Idf)},
             # Every search is of one tenant: a graph per tenant that is large enough for one, and
