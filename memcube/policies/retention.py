@@ -35,6 +35,8 @@ _FIT_FIRST = 256
 _FIT_EVERY = 1024
 _WORTHS_PER_DOUBLING = 4
 _MOST_ALIKE = 64
+_PACE_EVERY = 2048
+"""The pace of uses is taken anew after so many."""
 _BY_RECENCY = 1
 """The second rule of the duel; the first is by what was learnt."""
 
@@ -182,8 +184,12 @@ class Retention:
         self._shadows: OrderedDict[str, _Entry] = OrderedDict()
         """What left longest ago first."""
         self._groups: dict[str, _Group] = {}
-        self._hints: OrderedDict[str, tuple[int, float]] = OrderedDict()
-        """By group: the level, and when it was given; the oldest first."""
+        self._hints: OrderedDict[str, tuple[float, float | None, float]] = OrderedDict()
+        """By group: the chance, in how many uses it is expected, and when this was said; the oldest first."""
+        self._pace: float | None = None
+        """Uses per second, once it is known."""
+        self._paced_at: tuple[int, float] | None = None
+        """How many uses there had been, and the time, when the pace was last taken."""
         self._num_children: Counter[str] = Counter()
         """How many of those here need a payload, by its key."""
         self._pools: dict[str | None, _Pool] = {}
@@ -284,21 +290,31 @@ class Retention:
             entry.pins -= 1
             self._settle(entry)
 
-    def hint(self, group: str, probability: float | None, now: float) -> None:
+    def hint(
+        self, group: str, probability: float | None, now: float, expected_at: float | None = None
+    ) -> None:
         """How likely it is that a conversation has another turn; None takes an earlier hint back.
+
+        ``expected_at``: when that turn is expected, where somebody knows; by the clock of ``now``.
 
         It holds until a payload of the group is used at another time. So give it after the turn, or
         at the time (``now``) of the turn: best between the hits and what is offered for admission then.
         How far hints can be trusted is learnt too. Groups of different tenants need different names.
         """
-        level = None if probability is None else reuse.hint_level(probability)
         self._hints.pop(group, None)
-        if level is not None:
-            self._hints[group] = (level, now)
+        wait = None
+        if probability is not None:
+            if expected_at is not None and self._pace is not None:
+                wait = max(expected_at - now, 0.0) * self._pace
+            self._hints[group] = (probability, wait, now)
             if len(self._hints) > self._min_shadows:
                 self._hints.popitem(last=False)
         found = self._groups.get(group)
         for entry in found.entries.values() if found is not None else ():
+            level = None
+            if probability is not None:
+                age = self._num_uses - entry.used_at
+                level = reuse.hint_level(probability, None if wait is None else age + wait)
             if entry.hint != level:
                 entry.hint = level
                 self._take(entry)
@@ -345,6 +361,7 @@ class Retention:
         self._num_uses += 1
         if self._num_uses >= self._age_at:
             self._age()
+            self._take_pace(now)
         if self._num_uses >= self._fit_at:
             self._fit()
         if entry.num_uses:
@@ -358,8 +375,8 @@ class Retention:
         group = entry.group
         if group is not None:
             if (hint := self._hints.get(entry.item.group)) is not None:
-                if hint[1] == now:
-                    entry.hint = hint[0]
+                if hint[2] == now:
+                    entry.hint = reuse.hint_level(hint[0], hint[1])
                 else:
                     del self._hints[entry.item.group]
             group.num_turns = max(group.num_turns, entry.num_uses)
@@ -394,6 +411,18 @@ class Retention:
                     older.weight += passed
                     self._model.aged(cell.key[0], step, passed)
                     self._queue(older)
+
+    def _take_pace(self, now: float) -> None:
+        """Of the last uses, those longer ago counting for less."""
+        if self._paced_at is None:
+            self._paced_at = (self._num_uses, now)
+            return
+        num_uses, passed_s = self._num_uses - self._paced_at[0], now - self._paced_at[1]
+        # Requests may be noted at one time together: let some time pass.
+        if num_uses >= _PACE_EVERY and passed_s > 0:
+            pace = num_uses / passed_s
+            self._pace = pace if self._pace is None else math.sqrt(self._pace * pace)
+            self._paced_at = (self._num_uses, now)
 
     def _fit(self) -> None:
         """Learn, and value all cells anew; empty ones go."""
