@@ -37,8 +37,6 @@ _WORTHS_PER_DOUBLING = 4
 _MOST_ALIKE = 64
 _PACE_EVERY = 2048
 """The pace of uses is taken anew after so many."""
-_BY_RECENCY = 1
-"""The second rule of the duel; the first is by what was learnt."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -178,7 +176,8 @@ class Retention:
         self._model = ReuseModel()
         self._duel: Duel[_Entry] = Duel(
             self._high_bytes,
-            [lambda entry: entry.cell.value, lambda entry: entry.used_at],
+            rule=lambda entry: entry.cell.value,
+            fallback=lambda entry: entry.used_at,
         )
         self._entries: dict[str, _Entry] = {}
         self._shadows: OrderedDict[str, _Entry] = OrderedDict()
@@ -453,7 +452,7 @@ class Retention:
 
     def _rank(self, entry: _Entry) -> float:
         """The lowest leaves first."""
-        return entry.used_at if self._duel.leader == _BY_RECENCY else entry.cell.value
+        return entry.used_at if self._duel.falls_back else entry.cell.value
 
     def _cell_of(self, entry: _Entry, step: int) -> _Cell:
         item, group = entry.item, entry.group
