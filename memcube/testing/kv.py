@@ -61,7 +61,9 @@ class TinyLru:
     def unpin(self, key: str) -> None:
         self.pinned.discard(key)
 
-    def hint(self, group: str, probability: float, now: float) -> None:
+    def hint(
+        self, group: str, probability: float | None, now: float, expected_at: float | None = None
+    ) -> None:
         self.hints.append((group, probability))
 
 

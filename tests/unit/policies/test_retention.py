@@ -59,6 +59,19 @@ def test_a_hint_keeps_a_conversation_and_is_taken_back():
     assert policy.admit(item("y"), 0.0).victims == ("back soon",)
 
 
+def test_of_two_that_are_hinted_the_later_one_leaves():
+    policy = Retention(30_000, low=1.0)
+    for n in range(6_000):  # a use a second: what the time until a use is measured by
+        policy.admit(item(f"n{n}"), float(n))
+    policy.admit(item("soon", group="g"), 6_000.0)
+    policy.admit(item("late", group="h"), 6_000.0)
+    policy.hint("g", 1.0, 6_000.0, expected_at=6_100.0)
+    policy.hint("h", 1.0, 6_000.0, expected_at=16_000.0)
+    left = [v for n in range(2_998) for v in policy.admit(item(f"m{n}"), 6_001.0 + n).victims]
+    assert "late" in left
+    assert "soon" not in left
+
+
 def test_over_the_high_watermark_it_evicts_down_to_the_low_one():
     policy = Retention(100, low=0.5)
     for n in range(10):
