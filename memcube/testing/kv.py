@@ -27,7 +27,7 @@ class TinyLru:
         self.capacity_bytes = capacity_bytes
         self.items: OrderedDict[str, Item] = OrderedDict()
         self.pinned: set[str] = set()
-        self.hints: list[tuple[str, float]] = []
+        self.hints: list[tuple[str, float | None]] = []
 
     def hit(self, key: str, now: float) -> None:
         if key in self.items:

@@ -1,8 +1,10 @@
 import random
 
+import numpy as np
 import pytest
 
 from memcube.policies.retention import Budget, Item, Retention
+from memcube.policies.reuse import Features, ReuseModel, hint_level, num_steps, step_of
 
 
 def item(
@@ -59,17 +61,15 @@ def test_a_hint_keeps_a_conversation_and_is_taken_back():
     assert policy.admit(item("y"), 0.0).victims == ("back soon",)
 
 
-def test_of_two_that_are_hinted_the_later_one_leaves():
-    policy = Retention(30_000, low=1.0)
-    for n in range(6_000):  # a use a second: what the time until a use is measured by
-        policy.admit(item(f"n{n}"), float(n))
-    policy.admit(item("soon", group="g"), 6_000.0)
-    policy.admit(item("late", group="h"), 6_000.0)
-    policy.hint("g", 1.0, 6_000.0, expected_at=6_100.0)
-    policy.hint("h", 1.0, 6_000.0, expected_at=16_000.0)
-    left = [v for n in range(2_998) for v in policy.admit(item(f"m{n}"), 6_001.0 + n).victims]
-    assert "late" in left
-    assert "soon" not in left
+def test_of_two_that_are_expected_the_sooner_one_is_worth_more():
+    model = ReuseModel()
+    soon, late = (
+        model.class_of(Features.of(hint_level(1.0, wait), 1, 1, 0)) for wait in (500, 50_000)
+    )
+    model.fit(np.zeros((len(model), num_steps())), 0)
+    assert model.index[soon][0] > 10 * model.index[late][0]
+    # What is overdue is worth less than what is yet to come.
+    assert model.index[soon][step_of(20_000)] < model.index[late][step_of(20_000)]
 
 
 def test_over_the_high_watermark_it_evicts_down_to_the_low_one():
