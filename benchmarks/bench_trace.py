@@ -2,24 +2,30 @@
 
     python -m benchmarks.bench_trace --trace FILE [--capacities 1000,5859] [--no-results]
 
-The policy is the class, with the settings, that the media use. With the hint an oracle tells it at each
-request whether the conversation has a next turn, not when. ``--no-results`` only prints.
+The policy is the class, with the settings, that the media use. With hints an oracle tells it at each
+request whether the conversation has a next turn, or also when; of the turns behind that one it says
+nothing. Results go to ``results/trace.json`` and are drawn as ``docs/kv-trace.svg``; ``--no-results``
+only prints.
 """
 
 import argparse
+import importlib.util
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from benchmarks.reference_caches import REFERENCES, Belady, Cache
 from benchmarks.results import ROOT, Figure, write_results
-from memcube.policies.replay import Replayed, Request, read_mooncake, replay
+from memcube.policies.replay import Hints, Replayed, Request, read_mooncake, replay
 from memcube.policies.retention import Retention
 
 TRACE = ROOT.parent / "shared" / "data" / "traces" / "mooncake_conversation.jsonl"
 CAPACITIES = (1_000, 2_000, 5_859, 10_000, 20_000, 50_000)
 _GAIN_AT = 5_859
+_OURS: dict[str, Hints] = {"ours": "none", "whether": "whether", "when": "when"}
+"""By the name in the table: what of the next turn is hinted."""
+_FIGURE = ROOT / "docs" / "kv-trace.svg"
 
 
 def replay_reference(requests: Sequence[Request], cache: Cache) -> Replayed:
@@ -46,7 +52,7 @@ def main() -> None:
     requests = read_mooncake(given.trace)
     uses = [request.blocks[::-1] for request in requests]
     print(f"{given.trace.name}: {len(requests)} requests, {sum(map(len, uses))} blocks")
-    names = ["ours", "hinted", *REFERENCES, "Belady"]
+    names = [*_OURS, *REFERENCES, "Belady"]
     print(f"{'blocks':>8} " + " ".join(f"{name:>8}" for name in names), flush=True)
     table: dict[int, dict[str, float]] = {}
     cpu_s = 0.0
@@ -55,9 +61,9 @@ def main() -> None:
         ratios = table[capacity] = {}
         print(f"{capacity:8} ", end="", flush=True)
         for name in names:
-            if name in ("ours", "hinted"):
+            if name in _OURS:
                 started_s = time.process_time()
-                found = replay(requests, Retention(capacity), hinted=name == "hinted")
+                found = replay(requests, Retention(capacity), hints=_OURS[name])
                 cpu_s += time.process_time() - started_s
                 num_driven += found.num_blocks
             elif name == "Belady":
@@ -78,6 +84,7 @@ def main() -> None:
             trace=given.trace.name,
             hit_ratios=ratios_of,
         )
+        draw(table, _FIGURE)
 
 
 def _figures(table: dict[int, dict[str, float]], cpu_us: float) -> list[Figure]:
@@ -95,11 +102,11 @@ def _figures(table: dict[int, dict[str, float]], cpu_us: float) -> list[Figure]:
                 beside=f"LRU {ratios['LRU']:.4f}, best: {best} {ratios[best]:.4f}",
             ),
             Figure(
-                name=f"block hit ratio at {capacity:,} blocks, next turns hinted",
-                value=ratios["hinted"],
+                name=f"block hit ratio at {capacity:,} blocks, next turns hinted with their time",
+                value=ratios["when"],
                 unit="",
                 goal=f">= {halfway:.4f}",
-                beside=f"Belady {ratios['Belady']:.4f}",
+                beside=f"without it {ratios['whether']:.4f}, Belady {ratios['Belady']:.4f}",
             ),
         ]
     if _GAIN_AT in table:
@@ -113,6 +120,47 @@ def _figures(table: dict[int, dict[str, float]], cpu_us: float) -> list[Figure]:
             )
         )
     return [*figures, Figure(name="the policy's cost a block", value=cpu_us, unit="CPU-µs")]
+
+
+def draw(table: Mapping[int, Mapping[str, float]], path: Path) -> None:
+    """The hit ratios against the capacity, as SVG."""
+    if importlib.util.find_spec("matplotlib") is None:
+        print(f"matplotlib is missing, so {path.name} stays as it was: pip install -e '.[bench]'")
+        return
+    import matplotlib
+    from matplotlib.figure import Figure as Canvas
+    from matplotlib.ticker import NullLocator, StrMethodFormatter
+
+    ours = {
+        "ours": ("ours", "-"),
+        "whether": ("ours, told whether a next turn comes", "--"),
+        "when": ("ours, told also when", ":"),
+    }
+    capacities = sorted(table)
+    # The same figures make the same file.
+    with matplotlib.rc_context({"svg.hashsalt": path.stem, "svg.fonttype": "none"}):
+        canvas = Canvas(figsize=(7, 4.5), layout="constrained")
+        axes = canvas.add_subplot()
+        for name in table[capacities[0]]:
+            ratios = [table[capacity][name] for capacity in capacities]
+            if name in ours:
+                label, line = ours[name]
+                axes.plot(capacities, ratios, line, color="black", linewidth=2, label=label)
+            elif name == "Belady":
+                label = "Belady: knows all uses to come"
+                axes.plot(capacities, ratios, color="tab:gray", linewidth=1, label=label)
+            else:
+                axes.plot(capacities, ratios, marker="o", markersize=3, linewidth=1, label=name)
+        axes.set_xlabel("capacity in blocks")
+        axes.set_ylabel("block hit ratio")
+        axes.set_xscale("log")
+        axes.set_xticks(capacities)
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.set_ylim(bottom=0)
+        axes.grid(alpha=0.3)
+        axes.legend(frameon=False)
+        canvas.savefig(path, format="svg", metadata={"Date": None})
 
 
 if __name__ == "__main__":

@@ -87,7 +87,9 @@ class RetentionPolicy(Protocol):
     def forget(self, key: str) -> None: ...
     def pin(self, key: str) -> None: ...
     def unpin(self, key: str) -> None: ...
-    def hint(self, group: str, probability: float | None, now: float) -> None: ...
+    def hint(
+        self, group: str, probability: float | None, now: float, expected_at: float | None = None
+    ) -> None: ...
 
 
 _MAX_LOOKED_AT = 64
@@ -194,9 +196,11 @@ class BlockPool:
             for block in blocks:
                 self._policy.unpin(block.key)
 
-    def hint(self, group: str, probability: float | None, now: float) -> None:
-        """How likely a group (a conversation) goes on; None takes an earlier hint back."""
-        self._policy.hint(group, probability, now)
+    def hint(
+        self, group: str, probability: float | None, now: float, expected_at: float | None = None
+    ) -> None:
+        """How likely a group (a conversation) goes on, and when; None takes an earlier hint back."""
+        self._policy.hint(group, probability, now, expected_at)
 
     def forget(self, cubes: Collection[str], tenant: str | None, reason: str) -> int:
         """Drop all blocks that hold one of these cubes, and all of a tenant. Nothing goes below."""

@@ -157,9 +157,17 @@ class Engine:
             await self._below.forget(cubes, tenant)
         return num_blocks
 
-    async def hint(self, group: str, probability: float | None) -> None:
-        """Say how likely a group (a conversation) goes on; None takes it back."""
-        await self._ask(lambda: self._pool.hint(group, probability, self._clock()))
+    async def hint(
+        self, group: str, probability: float | None, expected_in_s: float | None = None
+    ) -> None:
+        """Say how likely a group (a conversation) goes on, and when if known; None takes it back."""
+
+        def tell() -> None:
+            now = self._clock()
+            expected_at = None if expected_in_s is None else now + expected_in_s
+            self._pool.hint(group, probability, now, expected_at)
+
+        await self._ask(tell)
 
     def allow_composing(self, modes: Collection[Mode]) -> None:
         """Compose in these modes from now on: those that the model's fidelity gate passed. In other

@@ -254,11 +254,13 @@ class MediaHierarchy:
                     if key in level.resident:
                         level.policy.unpin(key)
 
-    def hint(self, group: str, probability: float | None, now: float) -> None:
-        """How likely it is that a conversation has another turn; None takes a hint back."""
+    def hint(
+        self, group: str, probability: float | None, now: float, expected_at: float | None = None
+    ) -> None:
+        """How likely it is that a conversation has another turn, and when; None takes a hint back."""
         with self._lock:
             for level in self._levels:
-                level.policy.hint(group, probability, now)
+                level.policy.hint(group, probability, now, expected_at)
 
     def refresh(self, now: float) -> None:
         """Learn of what other nodes have put into shared media, or removed from them.

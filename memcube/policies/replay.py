@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 from memcube.policies.retention import Decision, Item
 
@@ -19,13 +19,14 @@ from memcube.policies.retention import Decision, Item
 class Request:
     """A prompt by the keys of its blocks, each of which stands for all text up to its end.
 
-    ``conversation`` is empty where it isn't known. ``has_next`` is for an oracle's hint.
+    ``conversation`` is empty where it isn't known. ``next_at_s`` is for an oracle's hint: when its next
+    turn comes, None if none does.
     """
 
     at_s: float
     blocks: tuple[str, ...]
     conversation: str = ""
-    has_next: bool = False
+    next_at_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +47,9 @@ class Policy(Protocol):
     def __contains__(self, key: str, /) -> bool: ...
     def hit(self, key: str, now: float) -> None: ...
     def admit(self, item: Item, now: float) -> Decision: ...
-    def hint(self, group: str, probability: float | None, now: float) -> None: ...
+    def hint(
+        self, group: str, probability: float | None, now: float, expected_at: float | None = None
+    ) -> None: ...
 
 
 def read_mooncake(path: Path) -> list[Request]:
@@ -86,17 +89,21 @@ def with_conversations(requests: Sequence[Request]) -> list[Request]:
             conversation = str(number)
         else:
             conversation = found[earlier].conversation
-            found[earlier] = replace(found[earlier], has_next=True)
-        found.append(replace(request, conversation=conversation, has_next=False))
+            found[earlier] = replace(found[earlier], next_at_s=request.at_s)
+        found.append(replace(request, conversation=conversation, next_at_s=None))
         if len(request.blocks) > 2:
             ends[request.blocks[-2]] = number
     return found
 
 
-def replay(requests: Iterable[Request], policy: Policy, *, hinted: bool = False) -> Replayed:
+Hints = Literal["none", "whether", "when"]
+"""What an oracle tells a policy of a conversation's next turn."""
+
+
+def replay(requests: Iterable[Request], policy: Policy, *, hints: Hints = "none") -> Replayed:
     """Drive a policy with a trace, whose blocks are all of one size, 1 byte.
 
-    ``hinted``: the policy is told at each request whether the conversation has a next turn.
+    ``hints``: the policy is told at each request whether the conversation has a next turn, and when.
     """
     num_blocks = num_hits = 0
     for now, request in _timed(requests):
@@ -106,8 +113,10 @@ def replay(requests: Iterable[Request], policy: Policy, *, hinted: bool = False)
         num_hits += found
         for key in reversed(blocks[:found]):
             policy.hit(key, now)
-        if hinted and request.conversation:
-            policy.hint(request.conversation, float(request.has_next), now)
+        if hints != "none" and request.conversation:
+            next_at = request.next_at_s
+            expected_at = next_at if hints == "when" else None
+            policy.hint(request.conversation, float(next_at is not None), now, expected_at)
         parent = blocks[found - 1] if found else None
         for key in blocks[found:]:
             item = Item(

@@ -17,6 +17,7 @@ Pure: no clock, no I/O, one thread.
 
 import heapq
 import math
+import zlib
 from collections import Counter, OrderedDict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from memcube.policies import reuse
+from memcube.policies.duel import Duel
 from memcube.policies.reuse import Features, ReuseModel
 
 _MIN_SHADOWS = 65_536
@@ -33,6 +35,8 @@ _FIT_FIRST = 256
 _FIT_EVERY = 1024
 _WORTHS_PER_DOUBLING = 4
 _MOST_ALIKE = 64
+_PACE_EVERY = 2048
+"""The pace of uses is taken anew after so many."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,6 +94,7 @@ class _Entry:
         "is_here",
         "item",
         "last_wait",
+        "lot",
         "num_uses",
         "pins",
         "refused_at",
@@ -97,8 +102,9 @@ class _Entry:
         "weight",
     )
 
-    def __init__(self, item: Item, group: _Group | None) -> None:
+    def __init__(self, item: Item, group: _Group | None, lot: float) -> None:
         self.item = item
+        self.lot = lot
         self.group = group
         self.hint: int | None = None
         self.is_here = False
@@ -114,7 +120,7 @@ class _Entry:
 class _Cell:
     """Payloads of one pool, class, worth and step of age."""
 
-    __slots__ = ("key", "pool", "queued", "ready", "rest", "step", "value", "weight")
+    __slots__ = ("key", "pool", "queued_at", "ready", "rest", "step", "value", "weight")
 
     def __init__(self, key: "_CellKey", pool: "_Pool", step: int) -> None:
         self.key = key
@@ -122,7 +128,8 @@ class _Cell:
         self.step = step
         self.value = 0.0
         self.weight = 0.0
-        self.queued = False
+        self.queued_at: float | None = None
+        """Its rank in the pool's queue."""
         self.ready: OrderedDict[str, _Entry] = OrderedDict()
         """What may be evicted, that used longest ago first."""
         self.rest: OrderedDict[str, _Entry] = OrderedDict()
@@ -155,7 +162,7 @@ class Retention:
         self,
         capacity_bytes: int,
         *,
-        low: float = 0.98,
+        low: float = 0.995,
         high: float = 1.0,
         budgets: Mapping[str, Budget] | None = None,
         min_shadows: int = _MIN_SHADOWS,
@@ -167,12 +174,21 @@ class Retention:
         self._budgets = dict(budgets or {})
         self._min_shadows = min_shadows
         self._model = ReuseModel()
+        self._duel: Duel[_Entry] = Duel(
+            self._high_bytes,
+            rule=lambda entry: entry.cell.value,
+            fallback=lambda entry: entry.used_at,
+        )
         self._entries: dict[str, _Entry] = {}
         self._shadows: OrderedDict[str, _Entry] = OrderedDict()
         """What left longest ago first."""
         self._groups: dict[str, _Group] = {}
-        self._hints: OrderedDict[str, tuple[int, float]] = OrderedDict()
-        """By group: the level, and when it was given; the oldest first."""
+        self._hints: OrderedDict[str, tuple[float, float | None, float]] = OrderedDict()
+        """By group: the chance, in how many uses it is expected, and when this was said; the oldest first."""
+        self._pace: float | None = None
+        """Uses per second, once it is known."""
+        self._paced_at: tuple[int, float] | None = None
+        """How many uses there had been, and the time, when the pace was last taken."""
         self._num_children: Counter[str] = Counter()
         """How many of those here need a payload, by its key."""
         self._pools: dict[str | None, _Pool] = {}
@@ -208,6 +224,7 @@ class Retention:
         if (entry := self._entries.get(key)) is not None:
             self._use(entry, now)
             self._put(entry)
+            self._duel.use(entry, now)
 
     def admit(self, item: Item, now: float) -> Decision:
         """Let a payload in, if room can be made for it. Idempotent: one that is here counts as hit.
@@ -219,6 +236,7 @@ class Retention:
         if entry is not None:
             self._use(entry, now)
             self._put(entry)
+            self._duel.use(entry, now)
             return Decision(True, (), "resident")
         entry = self._follow(item)
         self._use(entry, now)
@@ -227,8 +245,8 @@ class Retention:
             return self._refuse(entry, refusal, now)
         if item.parent is not None:
             self._need(item.parent)
-        cell = self._cell_of(entry, 0)
-        victims, reason = self._victims(item, cell.value)
+        entry.cell = self._cell_of(entry, 0)
+        victims, reason = self._victims(item, self._rank(entry))
         if victims is None:
             if item.parent is not None:
                 self._release(item.parent)
@@ -240,6 +258,7 @@ class Retention:
         self._bytes[item.tenant] += item.num_bytes
         self._used_bytes += item.num_bytes
         self._put(entry)
+        self._duel.use(entry, now)
         return Decision(True, tuple(victim.item.key for victim in victims), reason)
 
     def forget(self, key: str) -> None:
@@ -270,21 +289,31 @@ class Retention:
             entry.pins -= 1
             self._settle(entry)
 
-    def hint(self, group: str, probability: float | None, now: float) -> None:
+    def hint(
+        self, group: str, probability: float | None, now: float, expected_at: float | None = None
+    ) -> None:
         """How likely it is that a conversation has another turn; None takes an earlier hint back.
+
+        ``expected_at``: when that turn is expected, where somebody knows; by the clock of ``now``.
 
         It holds until a payload of the group is used at another time. So give it after the turn, or
         at the time (``now``) of the turn: best between the hits and what is offered for admission then.
         How far hints can be trusted is learnt too. Groups of different tenants need different names.
         """
-        level = None if probability is None else reuse.hint_level(probability)
         self._hints.pop(group, None)
-        if level is not None:
-            self._hints[group] = (level, now)
+        wait = None
+        if probability is not None:
+            if expected_at is not None and self._pace is not None:
+                wait = max(expected_at - now, 0.0) * self._pace
+            self._hints[group] = (probability, wait, now)
             if len(self._hints) > self._min_shadows:
                 self._hints.popitem(last=False)
         found = self._groups.get(group)
         for entry in found.entries.values() if found is not None else ():
+            level = None
+            if probability is not None:
+                age = self._num_uses - entry.used_at
+                level = reuse.hint_level(probability, None if wait is None else age + wait)
             if entry.hint != level:
                 entry.hint = level
                 self._take(entry)
@@ -303,12 +332,21 @@ class Retention:
             group = self._groups.get(item.group)
             if group is None:
                 group = self._groups[item.group] = _Group()
-        entry = _Entry(item, group)
+        entry = _Entry(item, group, self._lot(item))
         if group is not None:
             group.entries[item.key] = entry
         return entry
 
+    def _lot(self, item: Item) -> float:
+        """That of the conversation, or of what the payload needs: a chain is in a sample or it isn't."""
+        if not item.group and item.parent is not None:
+            parent = self._entries.get(item.parent) or self._shadows.get(item.parent)
+            if parent is not None:
+                return parent.lot
+        return zlib.crc32((item.group or item.key).encode()) / 2**32
+
     def _unfollow(self, entry: _Entry) -> None:
+        self._duel.drop(entry)
         age = self._num_uses - entry.used_at
         self._model.lost(entry.cell.key[0], entry.cell.step, age, entry.weight)
         group = entry.group
@@ -322,6 +360,7 @@ class Retention:
         self._num_uses += 1
         if self._num_uses >= self._age_at:
             self._age()
+            self._take_pace(now)
         if self._num_uses >= self._fit_at:
             self._fit()
         if entry.num_uses:
@@ -335,8 +374,8 @@ class Retention:
         group = entry.group
         if group is not None:
             if (hint := self._hints.get(entry.item.group)) is not None:
-                if hint[1] == now:
-                    entry.hint = hint[0]
+                if hint[2] == now:
+                    entry.hint = reuse.hint_level(hint[0], hint[1])
                 else:
                     del self._hints[entry.item.group]
             group.num_turns = max(group.num_turns, entry.num_uses)
@@ -370,8 +409,19 @@ class Retention:
                     cell.weight -= passed
                     older.weight += passed
                     self._model.aged(cell.key[0], step, passed)
-                    if older.ready and not older.queued:
-                        self._queue(older)
+                    self._queue(older)
+
+    def _take_pace(self, now: float) -> None:
+        """Of the last uses, those longer ago counting for less."""
+        if self._paced_at is None:
+            self._paced_at = (self._num_uses, now)
+            return
+        num_uses, passed_s = self._num_uses - self._paced_at[0], now - self._paced_at[1]
+        # Requests may be noted at one time together: let some time pass.
+        if num_uses >= _PACE_EVERY and passed_s > 0:
+            pace = num_uses / passed_s
+            self._pace = pace if self._pace is None else math.sqrt(self._pace * pace)
+            self._paced_at = (self._num_uses, now)
 
     def _fit(self) -> None:
         """Learn, and value all cells anew; empty ones go."""
@@ -384,6 +434,7 @@ class Retention:
                 present[key[0], step] += cell.weight
             num_cells += len(cells)
         self._model.fit(present, self._num_uses - self._fitted_at)
+        self._duel.decide(len(self._entries), self._num_uses - self._fitted_at)
         self._fitted_at = self._num_uses
         self._fit_at = self._num_uses + min(max(_FIT_EVERY, num_cells), max(self._num_uses, 1))
         for pool in self._pools.values():
@@ -391,14 +442,17 @@ class Retention:
         for cells in self._cells:
             for cell in cells.values():
                 cell.value = self._value(cell.key, cell.step)
-                cell.queued = False
-                if cell.ready:
-                    self._queue(cell)
+                cell.queued_at = None
+                self._queue(cell)
 
     # Cells.
 
     def _value(self, key: _CellKey, step: int) -> float:
         return self._model.index[key[0]][step] * 2.0 ** (key[1] / _WORTHS_PER_DOUBLING)
+
+    def _rank(self, entry: _Entry) -> float:
+        """The lowest leaves first."""
+        return entry.used_at if self._duel.falls_back else entry.cell.value
 
     def _cell_of(self, entry: _Entry, step: int) -> _Cell:
         item, group = entry.item, entry.group
@@ -423,9 +477,28 @@ class Retention:
         return pool
 
     def _queue(self, cell: _Cell) -> None:
-        cell.queued = True
-        self._num_queued += 1
-        heapq.heappush(cell.pool.queue, (cell.value, self._num_queued, cell))
+        """See to it that a cell is in its pool's queue at its rank, or a lower one, if it has one."""
+        if not cell.ready:
+            return
+        rank = self._rank(next(iter(cell.ready.values())))
+        if cell.queued_at is None or rank < cell.queued_at:
+            cell.queued_at = rank
+            self._num_queued += 1
+            heapq.heappush(cell.pool.queue, (rank, self._num_queued, cell))
+
+    def _first(self, pool: _Pool) -> tuple[float, _Cell] | None:
+        """The cell whose first is the least worthy."""
+        while pool.queue:
+            queued_at, _, cell = pool.queue[0]
+            if queued_at == cell.queued_at and cell.ready:
+                rank = self._rank(next(iter(cell.ready.values())))
+                if rank == queued_at:
+                    return rank, cell
+            heapq.heappop(pool.queue)
+            if queued_at == cell.queued_at:
+                cell.queued_at = None
+                self._queue(cell)
+        return None
 
     def _put(self, entry: _Entry) -> None:
         """Into the cell of a payload just used."""
@@ -440,7 +513,7 @@ class Retention:
             queue.move_to_end(key, last=False)
         entry.cell = cell
         cell.weight += entry.weight
-        if is_ready and not cell.queued:
+        if is_ready:
             self._queue(cell)
 
     def _take(self, entry: _Entry) -> None:
@@ -484,11 +557,13 @@ class Retention:
     def _refuse(self, entry: _Entry, reason: str, now: float) -> Decision:
         entry.refused_at = now
         self._put(entry)
+        if entry.item.saves_s > entry.item.load_s:
+            self._duel.use(entry, now)
         self._shadow(entry)
         return Decision(False, (), reason)
 
-    def _victims(self, item: Item, value: float) -> tuple[list[_Entry] | None, str]:
-        """What leaves for an item of this value, or None and why it isn't let in.
+    def _victims(self, item: Item, rank: float) -> tuple[list[_Entry] | None, str]:
+        """What leaves for an item of this rank, or None and why it isn't let in.
 
         The victims are out of their cells, and what they needed may follow them; else all is as it was.
         """
@@ -523,14 +598,14 @@ class Retention:
             while not is_refused and of_tenant + item.num_bytes > cap:
                 if not take(own, False):
                     is_refused = "no room: the rest is pinned"
-                elif value < victims[-1].cell.value:
+                elif rank < self._rank(victims[-1]):
                     is_refused = "worth less than what is there"
         if not is_refused and used + item.num_bytes > self._high_bytes:
             reason = "capacity"
             while not is_refused and used + item.num_bytes > self._high_bytes:
                 if not take(others, True) and not take(own, False):
                     is_refused = "no room: the rest is pinned or within its tenant's floor"
-                elif not deserves and value < victims[-1].cell.value:
+                elif not deserves and rank < self._rank(victims[-1]):
                     is_refused = "worth less than what is there"
             while not is_refused and used + item.num_bytes > self._low_bytes:
                 if not take(others, True):
@@ -546,19 +621,17 @@ class Retention:
     def _least(self, pools: list[_Pool], keep: bool, left: Counter[str]) -> _Entry | None:
         """Take the least worthy that may leave out of its queue; ``keep``: not what is in a floor."""
         best: _Cell | None = None
+        least = math.inf
         for pool in pools:
-            queue = pool.queue
-            while queue and not queue[0][2].ready:
-                heapq.heappop(queue)[2].queued = False
-            if not queue or (best is not None and queue[0][0] >= best.value):
+            if (first := self._first(pool)) is None or first[0] >= least:
                 continue
-            cell = queue[0][2]
+            rank, cell = first
             if keep:
                 item = next(iter(cell.ready.values())).item
                 rest = self._bytes[item.tenant] - left[item.tenant] - item.num_bytes
                 if rest < self._budget(item.tenant).floor_bytes:
                     continue
-            best = cell
+            best, least = cell, rank
         if best is None:
             return None
         _, entry = best.ready.popitem(last=False)

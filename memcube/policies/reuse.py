@@ -38,6 +38,9 @@ _MOST_EVIDENCE = 10.0
 """So much at most either way, so that a class that begins to tell something is soon trusted."""
 _NO_HINT = -1
 _HINT_LEVELS = 8
+_DUE = ((-2.0, -1.0, 0.0, 1.0), (0.0, 0.15, 0.85, 1.0))
+"""How much of the chance of a use is over by the edges of steps, counted from the end of that in which it
+is expected."""
 
 
 def step_of(age: int) -> int:
@@ -55,9 +58,12 @@ def num_steps() -> int:
     return _NUM_STEPS
 
 
-def hint_level(probability: float) -> int:
-    """The level of a hint, which is a feature of the class."""
-    return round(min(max(probability, 0.0), 1.0) * _HINT_LEVELS)
+def hint_level(probability: float, wait: float | None = None) -> int:
+    """The level of a hint, which is a feature of the class; ``wait``: the age at the expected use."""
+    level = round(min(max(probability, 0.0), 1.0) * _HINT_LEVELS)
+    if wait is None or not level:
+        return level
+    return level + (_HINT_LEVELS + 1) * (step_of(max(int(wait), 0)) + 1)
 
 
 class Features(NamedTuple):
@@ -214,8 +220,9 @@ class ReuseModel:
     def _hinted(self, level: np.ndarray, rates: np.ndarray, widths: np.ndarray) -> np.ndarray:
         """How many times as likely as by ``rates`` a use is in each class that a hint alone makes.
 
-        A hint gives the chance of a use, not its time: that keeps the shape it has without a hint. The
-        chance is taken to be within the time that is remembered. This is what a class begins with; what
+        Where a hint gives the chance of a use and not its time, that keeps the shape it has without a
+        hint, and the chance is taken to be within the time that is remembered. Where it gives the time,
+        most of the chance is in the step it falls into, and the rest in those beside. This is what a class begins with; what
         happened to those with such a hint soon outweighs it, so that hints may be wrong.
         """
         chance = 1 - np.exp(-np.concatenate(([0.0], np.cumsum(rates * widths))))
@@ -224,12 +231,18 @@ class ReuseModel:
         for row, number in enumerate(level):
             if self._hints[number] == _NO_HINT:
                 continue
-            scale = self._hints[number] / _HINT_LEVELS / chance[within]
-            hinted = np.minimum(scale * chance, 1.0)
+            due, level = divmod(self._hints[number], _HINT_LEVELS + 1)
+            until = within
+            if due:
+                until = _NUM_STEPS
+                spread = np.interp(np.arange(_NUM_STEPS + 1) - due, *_DUE)
+                hinted = level / _HINT_LEVELS * spread
+            else:
+                hinted = np.minimum(level / _HINT_LEVELS / chance[within] * chance, 1.0)
             left = np.maximum(1 - hinted, 1e-3)
             wanted = -np.diff(np.log(left)) / widths
             # Not nothing: a class has to be able to learn that such hints are wrong.
-            expected[row, :within] = np.maximum(wanted / rates, 0.01)[:within]
+            expected[row, :until] = np.maximum(wanted / rates, 0.01)[:until]
         return expected
 
 

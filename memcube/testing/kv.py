@@ -27,7 +27,7 @@ class TinyLru:
         self.capacity_bytes = capacity_bytes
         self.items: OrderedDict[str, Item] = OrderedDict()
         self.pinned: set[str] = set()
-        self.hints: list[tuple[str, float]] = []
+        self.hints: list[tuple[str, float | None]] = []
 
     def hit(self, key: str, now: float) -> None:
         if key in self.items:
@@ -61,7 +61,9 @@ class TinyLru:
     def unpin(self, key: str) -> None:
         self.pinned.discard(key)
 
-    def hint(self, group: str, probability: float, now: float) -> None:
+    def hint(
+        self, group: str, probability: float | None, now: float, expected_at: float | None = None
+    ) -> None:
         self.hints.append((group, probability))
 
 

@@ -24,7 +24,7 @@ def test_conversations_are_told_by_what_their_requests_contain():
     first, other = request("s", "a", "b", "end"), request("s", "x", "y", "end2")
     second = request("s", "a", "b", "c", "d", "end3")
     found = with_conversations([first, other, second, request("s", "n", "end4")])
-    assert [one.has_next for one in found] == [True, False, False, False]
+    assert [one.next_at_s is not None for one in found] == [True, False, False, False]
     assert found[0].conversation == found[2].conversation
     assert len({one.conversation for one in found}) == 3
 
@@ -41,17 +41,23 @@ def test_made_up_traces_are_the_same_each_time(name: str):
     assert SHAPES[name](1_000) == SHAPES[name](1_000)
 
 
-@pytest.mark.parametrize("name", sorted(SHAPES.keys() - {"phases"}))
+@pytest.mark.parametrize("name", SHAPES)
 def test_it_has_no_fewer_hits_than_lru_however_blocks_are_used_again(name: str):
     requests = with_conversations(SHAPES[name](15_000))
     ours = replay(requests, Retention(500)).hit_ratio
-    assert ours >= replay_reference(requests, Lru(500)).hit_ratio - 0.005
+    assert ours >= replay_reference(requests, Lru(500)).hit_ratio - 0.003
 
 
-def test_learning_afresh_where_the_use_changes_costs_little():
-    requests = SHAPES["phases"](15_000)
-    ours = replay(requests, Retention(500)).hit_ratio
-    assert ours >= replay_reference(requests, Lru(500)).hit_ratio - 0.015
+@pytest.mark.parametrize("capacity", [500, 2_000])
+@pytest.mark.parametrize(
+    ("seed", "think_s", "spread"), [(5, 300, 1.2), (6, 600, 1.5), (7, 60, 0.5)]
+)
+def test_where_what_was_learnt_misleads_it_falls_back_to_recency(
+    seed: int, think_s: float, spread: float, capacity: int
+):
+    requests = with_conversations(chats(2_500, seed=seed, think_s=think_s, spread=spread))
+    ours = replay(requests, Retention(capacity)).hit_ratio
+    assert ours >= replay_reference(requests, Lru(capacity)).hit_ratio - 0.003
 
 
 def test_a_loop_that_does_not_fit_is_kept_in_part():
@@ -62,8 +68,10 @@ def test_a_loop_that_does_not_fit_is_kept_in_part():
 
 def test_knowing_which_conversations_go_on_helps():
     requests = with_conversations(chats(1_500))
-    plain, hinted = (replay(requests, Retention(500), hinted=h).hit_ratio for h in (False, True))
-    assert hinted > 1.2 * plain
+    plain = replay(requests, Retention(500)).hit_ratio
+    whether = replay(requests, Retention(500), hints="whether").hit_ratio
+    when = replay(requests, Retention(500), hints="when").hit_ratio
+    assert when > whether > 1.2 * plain
 
 
 @pytest.mark.parametrize("name", REFERENCES)

@@ -1,8 +1,10 @@
 import random
 
+import numpy as np
 import pytest
 
 from memcube.policies.retention import Budget, Item, Retention
+from memcube.policies.reuse import Features, ReuseModel, hint_level, num_steps, step_of
 
 
 def item(
@@ -57,6 +59,17 @@ def test_a_hint_keeps_a_conversation_and_is_taken_back():
     policy.hit("x", 0.0)
     policy.hit("x", 0.0)
     assert policy.admit(item("y"), 0.0).victims == ("back soon",)
+
+
+def test_of_two_that_are_expected_the_sooner_one_is_worth_more():
+    model = ReuseModel()
+    soon, late = (
+        model.class_of(Features.of(hint_level(1.0, wait), 1, 1, 0)) for wait in (500, 50_000)
+    )
+    model.fit(np.zeros((len(model), num_steps())), 0)
+    assert model.index[soon][0] > 10 * model.index[late][0]
+    # What is overdue is worth less than what is yet to come.
+    assert model.index[soon][step_of(20_000)] < model.index[late][step_of(20_000)]
 
 
 def test_over_the_high_watermark_it_evicts_down_to_the_low_one():
