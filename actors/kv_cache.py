@@ -13,7 +13,8 @@ from ray.exceptions import RayActorError, RayTaskError
 
 from actors import NAMESPACE
 from actors.calls import answer
-from actors.kv_store import RemoteKvStore, spawn_kv_store_actor
+from actors.kv_store import RemoteKvStore, open_objects, spawn_kv_store_actor
+from memcube.activation.adapters import ResidentAdapters
 from memcube.activation.contract import KvEngine, Usage
 from memcube.activation.engine import Engine, EngineLimits
 from memcube.activation.forward import PackedModel
@@ -26,6 +27,8 @@ from memcube.chat.host import ChatHost
 from memcube.chat.prompt import PromptBuilder
 from memcube.config import Config
 from memcube.errors import DeadlineExceeded, MemCubeError, Unavailable
+from memcube.parametric.loading import FileLoader
+from memcube.parametric.weights import AdapterLimits
 from memcube.policies.retention import Retention
 
 LOAD_DEADLINE_S = 300.0
@@ -95,8 +98,9 @@ class KVCacheActor:
             # A request waits a second for its blocks, a store takes some to open: not the first one's.
             await store.stats.remote()
             lower = StoreBelow(RemoteKvStore(store), loaded, codec=wanted.codec)
+        model = PackedModel(loaded)
         engine = Engine(
-            PackedModel(loaded),
+            model,
             loaded,
             policy=Retention(wanted.device_mb * MIB),
             limits=EngineLimits(
@@ -107,6 +111,7 @@ class KVCacheActor:
                 buffer_bytes=wanted.buffer_mb * MIB,
             ),
             lower=lower,
+            adapters=_resident_adapters(config, model, base=loaded.fingerprint),
         )
         info = ModelInfo(
             name=loaded.name,
@@ -274,6 +279,15 @@ def spawn_kv_cache_actor(config: Config, *, number: int) -> ActorHandle[Any]:
         .remote(config)
     )
     return cast(ActorHandle[Any], spawned)
+
+
+def _resident_adapters(config: Config, model: PackedModel, *, base: str) -> ResidentAdapters | None:
+    wanted = config.adapters
+    if not wanted.resident_mb:
+        return None
+    limits = AdapterLimits(max_bytes=wanted.max_mb * MIB, max_rank=wanted.max_rank)
+    load = FileLoader(lambda: open_objects(config), model, base=base, limits=limits)
+    return ResidentAdapters(load, max_bytes=wanted.resident_mb * MIB)
 
 
 def _num_gpus(config: Config) -> float:

@@ -129,13 +129,26 @@ class ActivationConfig(_Section):
     )
 
 
+class AdaptersConfig(_Section):
+    """The parametric tier: what an adapter may take, and how much an engine holds of them."""
+
+    max_mb: int = Field(default=64, ge=1, le=4096, description="of one adapter")
+    max_rank: int = Field(default=128, ge=1, le=1024)
+    resident_mb: int = Field(default=256, ge=0, description="of one engine; 0 serves none")
+
+
 class ChatConfig(_Section):
-    """``POST /v1/chat/completions``. ``mode`` is how stored KV is used where a request doesn't say."""
+    """``POST /v1/chat/completions``. ``mode`` is how stored KV is used where a request doesn't say.
+
+    ``adapter`` auto lets the adapter answer that serves the scope of a chat; named only one that the
+    request's model names.
+    """
 
     mode: Literal["exact", "blend", "fast", "off"] = "exact"
     system: str = "You are a helpful assistant."
     query_chars: int = Field(default=2_000, ge=1, description="of the question, for the search")
     deadline_s: float = Field(default=300.0, gt=0)
+    adapter: Literal["auto", "named"] = "auto"
 
 
 class ObjectsConfig(_Section):
@@ -224,6 +237,7 @@ class Config(_Section):
     embedder: EmbedderConfig = EmbedderConfig()
     model: ModelConfig = ModelConfig()
     activation: ActivationConfig = ActivationConfig()
+    adapters: AdaptersConfig = AdaptersConfig()
     chat: ChatConfig = ChatConfig()
     objects: ObjectsConfig = ObjectsConfig()
     reader: ReaderConfig = ReaderConfig()

@@ -11,6 +11,7 @@ from typing import Any
 from memcube.activation.contract import Mode
 from memcube.activation.stats import KvStats
 from memcube.catalog import Catalog
+from memcube.chat.adapters import AdapterChoice
 from memcube.chat.contract import KvModel
 from memcube.chat.migration import ActivationTier
 from memcube.chat.router import Router
@@ -143,7 +144,10 @@ async def open_backend(config: Config) -> Backend:
         used=uses.add,
         changed=forget if engines else None,
     )
-    model = (await engines[0].describe()).name if engines else None
+    about = await engines[0].describe() if engines else None
+    adapters = None
+    if about is not None and config.activation.engine != "vllm" and config.adapters.resident_mb:
+        adapters = AdapterChoice(catalog.adapters, base=about.fingerprint, clock=_now)
     router = Router(len(engines)) if engines else None
 
     async def status() -> dict[str, Any]:
@@ -176,12 +180,12 @@ async def open_backend(config: Config) -> Backend:
         status,
         close,
         embedder,
-        chat=ChatService(service, engines, config.chat, router) if engines else None,
+        chat=ChatService(service, engines, config.chat, router, adapters) if engines else None,
         tier=ActivationTier(service, engines, router, mode=Mode(config.chat.mode))
         if router is not None
         else None,
         kv_stats=moments_of(engines) if engines else None,
-        chat_model=model,
+        chat_model=about.name if about is not None else None,
         started_at=int(_now().timestamp()),
     )
 

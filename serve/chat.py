@@ -44,8 +44,8 @@ async def chat(body: models.ChatBody, who: Reader, here: Here, request: Request)
     """OpenAI's shape, streaming and not. The answer's `memory` says which cubes were in the prompt,
     in which form, and what was attached and what read."""
     service = _chat_of(here)
-    asked = _chat_request(body, who, here)
-    name = _checked_model(body.model, here)
+    name, adapter = _checked_model(body.model, here)
+    asked = _chat_request(body, who, here, adapter)
     head = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": name}
     metrics = request.app.state.metrics
     answers = service.answer(who, asked)
@@ -181,16 +181,19 @@ def _chat_of(here: Backend) -> ChatService:
     return here.chat
 
 
-def _checked_model(name: str, here: Backend) -> str:
-    base, colon, adapter = name.partition(":")
-    if base != here.chat_model:
+def _checked_model(name: str, here: Backend) -> tuple[str, str | None]:
+    """The model's name as it was given, and the adapter that it names: ``base:adapter``."""
+    if name == here.chat_model:  # which may itself hold a colon
+        return name, None
+    base, colon, adapter = name.rpartition(":")
+    if base != here.chat_model or not colon:
         raise UnknownBackend("model", name, (str(here.chat_model),))
-    if colon:
-        raise UnknownBackend("adapter", adapter, ())
-    return name
+    return name, adapter
 
 
-def _chat_request(body: models.ChatBody, who: Principal, here: Backend) -> ChatRequest:
+def _chat_request(
+    body: models.ChatBody, who: Principal, here: Backend, adapter: str | None
+) -> ChatRequest:
     config = here.config
     if len(body.messages) > config.limits.messages:
         raise LimitExceeded("messages", config.limits.messages, len(body.messages))
@@ -212,6 +215,7 @@ def _chat_request(body: models.ChatBody, who: Principal, here: Backend) -> ChatR
         max_tokens=body.max_completion_tokens or body.max_tokens,
         stop=stop,
         memory=_memory(body, who, here),
+        adapter=adapter,
     )
 
 
@@ -278,4 +282,11 @@ def memory_report(report: Report) -> dict[str, Any]:
         "retrieval_ms": round(report.retrieval_ms, 3),
         "engine": report.engine,
         "written_back": list(report.written_back),
+        "adapter": None
+        if report.adapter is None
+        else {
+            "id": report.adapter.line.id,
+            "name": report.adapter.line.name,
+            "version": report.adapter.version,
+        },
     }

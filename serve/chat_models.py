@@ -107,6 +107,14 @@ class CubeUseOut(BaseModel):
     form: Literal["exact_kv", "composed_kv", "text"]
 
 
+class AdapterUseOut(BaseModel):
+    """The adapter that answered, in the version that serves."""
+
+    id: str
+    name: str
+    version: int
+
+
 class MemoryReportOut(BaseModel):
     """What of memory an answer used, and what it cost. Times are milliseconds."""
 
@@ -121,6 +129,7 @@ class MemoryReportOut(BaseModel):
     retrieval_ms: float
     engine: int
     written_back: list[str]
+    adapter: AdapterUseOut | None
 
 
 class PromptDetailsOut(BaseModel):

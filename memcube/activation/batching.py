@@ -65,7 +65,6 @@ from memcube.errors import (
     LimitExceeded,
     MemCubeError,
     Unavailable,
-    UnknownBackend,
 )
 from memcube.policies.turns import Turns, exact_chain_pays
 
@@ -126,10 +125,7 @@ class Batcher:
 
         Raises:
             BadRequest: it could never run.
-            UnknownBackend: it names an adapter.
         """
-        if request.adapter is not None:
-            raise UnknownBackend("adapter", request.adapter.id, ())
         if not 0 <= min(request.prompt_ids) <= max(request.prompt_ids) < self._vocabulary:
             raise BadRequest(f"holds an id that is none of {self._vocabulary:,}", "prompt_ids")
         now = self._clock()
@@ -152,7 +148,13 @@ class Batcher:
         )
 
     def submit(self, run: Run) -> None:
-        """Put a run in line: behind its tenant's others, or for when there is nothing else."""
+        """Put a run in line: behind its tenant's others, or for when there is nothing else.
+
+        Raises:
+            ValueError: its adapter is not loaded. The base model would answer in its name.
+        """
+        if (run.request.adapter is None) != (run.lora is None):
+            raise ValueError("a run comes with the adapter that its request names")
         if run.request.group and not run.background:
             self._turns.add(run.request.group)
         if run.background:
@@ -418,13 +420,14 @@ class Batcher:
                     [run.tokens[slot] for slot in slots],
                     slots,
                     "last" if ends else "none",
+                    run.lora,
                 )
             case Extend():
                 ends = start + num_tokens == len(run.request.prompt_ids) and not run.background
             case _:
                 ends = True
         ids = run.tokens[start : start + num_tokens]
-        return Row(run.buffer, ids, None, "last" if ends else "none")
+        return Row(run.buffer, ids, None, "last" if ends else "none", run.lora)
 
     def _advance(self, run: Run, num_tokens: int) -> None:
         assert run.buffer is not None

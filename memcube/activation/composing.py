@@ -26,8 +26,9 @@ class Composing:
         self.modes: frozenset[Mode] = frozenset()
 
     def applies(self, request: GenerateRequest) -> bool:
-        """Whether the request is to be composed. Else it is served exactly."""
-        return bool(request.segments) and request.mode in self.modes
+        """Whether the request is to be composed. Else it is served exactly: so is one with an
+        adapter, as the fidelity gate measured the model without."""
+        return bool(request.segments) and request.mode in self.modes and request.adapter is None
 
     def keys(self, request: GenerateRequest) -> tuple[str, ...]:
         """The keys of the request's segments."""

@@ -12,13 +12,14 @@ import time
 from collections import defaultdict, deque
 from collections.abc import AsyncGenerator, Callable, Collection, Sequence
 from concurrent.futures import Future
-from contextlib import aclosing
+from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
+from memcube.activation.adapters import AdapterStats, ResidentAdapters
 from memcube.activation.batching import Batcher
 from memcube.activation.below import Below
 from memcube.activation.blocks import Block, BlockPool, Lower, RetentionPolicy
@@ -28,7 +29,7 @@ from memcube.activation.idle import IdleModel
 from memcube.activation.models import LoadedModel
 from memcube.activation.runs import BatchLimits, Event, Run
 from memcube.activation.stats import EngineStats
-from memcube.errors import BadRequest, MemCubeError, TooBusy, Unavailable
+from memcube.errors import BadRequest, MemCubeError, TooBusy, Unavailable, UnknownBackend
 
 log = logging.getLogger(__name__)
 
@@ -77,6 +78,7 @@ class Engine:
         policy: RetentionPolicy,
         limits: EngineLimits | None = None,
         lower: Lower | None = None,
+        adapters: ResidentAdapters | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.loaded = loaded
@@ -87,6 +89,7 @@ class Engine:
         )
         self._pool = BlockPool(policy, self._take_down)
         self._model = model
+        self._adapters = adapters
         self._batcher = Batcher(model, loaded, self._pool, self.limits, clock)
         self._streams: dict[Run, _Stream] = {}
         self._wake = threading.Condition()
@@ -105,7 +108,7 @@ class Engine:
         A request that could never be served is refused here, one that can't be now with the first
         piece.
         """
-        return self._run(self._batcher.prepare(request))
+        return self._run(self._prepare(request))
 
     async def build(self, request: GenerateRequest) -> Usage:
         """Compute and store the blocks of a prompt when nothing else is to be done; or, in a mode
@@ -117,7 +120,7 @@ class Engine:
             BadRequest: it could never run.
             Unavailable: too much is to be built already, the engine was closed or the model failed.
         """
-        run = self._batcher.prepare(request, background=True)
+        run = self._prepare(request, background=True)
         if not run.segment_keys:
             return await self._built(run)
         cold = await self._ask(lambda: self._batcher.cold_segments(run))
@@ -155,6 +158,8 @@ class Engine:
         num_blocks = await self._ask(lambda: self._batcher.forget(cubes, tenant))
         if self._below is not None:
             await self._below.forget(cubes, tenant)
+        if self._adapters is not None and tenant is not None:
+            self._adapters.forget(tenant)
         return num_blocks
 
     async def hint(
@@ -213,6 +218,10 @@ class Engine:
         """This moment, from any thread."""
         return self._batcher.stats()
 
+    def adapter_stats(self) -> AdapterStats | None:
+        """The adapters of this moment; None where it serves none."""
+        return None if self._adapters is None else self._adapters.stats()
+
     @property
     def is_alive(self) -> bool:
         """Whether it still computes."""
@@ -226,32 +235,43 @@ class Engine:
                 self._close_at = self._clock() + drain_s
             self._wake.notify()
         await asyncio.to_thread(self._thread.join)
+        if self._adapters is not None:
+            await asyncio.to_thread(self._adapters.close)
         if self._below is not None:
             last = [block for block in self._pool.blocks() if not block.is_tail]
             await asyncio.to_thread(self._below.close, last)
 
     # -- the front
 
+    def _prepare(self, request: GenerateRequest, *, background: bool = False) -> Run:
+        if request.adapter is not None and self._adapters is None:
+            raise UnknownBackend("adapter", request.adapter.id, ())
+        return self._batcher.prepare(request, background=background)
+
     async def _run(self, run: Run) -> AsyncGenerator[Piece]:
-        stream = _Stream(asyncio.get_running_loop())
-        run.loading = self._below is not None and self._batcher.misses(run)
-        self._enter(run, stream)
-        ended = False
-        try:
-            if run.loading and self._below is not None:
-                fetched = await self._fetch(self._below, run, self.limits.load_wait_s)
-                self._post(lambda: self._batcher.loaded(run, fetched))
-            while not ended:
-                item = await stream.items.get()
-                ended = isinstance(item, MemCubeError) or item.finish is not None
-                if isinstance(item, MemCubeError):
-                    raise item
-                yield item
-        finally:
-            with self._wake:
-                self._num_open[run.background] -= 1
-            if not ended:
-                self._post(lambda: self._cancel(run))
+        async with AsyncExitStack() as held:
+            if run.request.adapter is not None and self._adapters is not None:
+                adapter = self._adapters.held(run.request.tenant, run.request.adapter)
+                run.lora = await held.enter_async_context(adapter)
+            stream = _Stream(asyncio.get_running_loop())
+            run.loading = self._below is not None and self._batcher.misses(run)
+            self._enter(run, stream)
+            ended = False
+            try:
+                if run.loading and self._below is not None:
+                    fetched = await self._fetch(self._below, run, self.limits.load_wait_s)
+                    self._post(lambda: self._batcher.loaded(run, fetched))
+                while not ended:
+                    item = await stream.items.get()
+                    ended = isinstance(item, MemCubeError) or item.finish is not None
+                    if isinstance(item, MemCubeError):
+                        raise item
+                    yield item
+            finally:
+                with self._wake:
+                    self._num_open[run.background] -= 1
+                if not ended:
+                    self._post(lambda: self._cancel(run))
 
     async def _built(self, run: Run) -> Usage:
         async with aclosing(self._run(run)) as pieces:

@@ -20,6 +20,7 @@ from torch.nn import functional
 from transformers import AttentionInterface, PreTrainedModel
 
 from memcube.activation.layout import KvLayout
+from memcube.activation.lora import LoraAdapter, LoraGroup, LoraLayers
 from memcube.activation.models import LoadedModel
 from memcube.errors import BadRequest
 
@@ -134,13 +135,15 @@ class Row:
 
     ``positions`` None are the next slots. Given, they ascend; those that are filled already are
     overwritten, and those that are not follow on without a gap. ``logits`` says of which tokens
-    the next-token logits are wanted.
+    the next-token logits are wanted. ``adapter`` changes this row alone; rows of one adapter stand
+    side by side best.
     """
 
     buffer: KvBuffer
     token_ids: Sequence[int]
     positions: Sequence[int] | None = None
     logits: Literal["last", "all", "none"] = "last"
+    adapter: LoraAdapter | None = None
 
 
 class RowModel(Protocol):
@@ -166,6 +169,7 @@ class PackedModel:
         self.layout = loaded.layout
         self.model: PreTrainedModel = loaded.model
         self.device: torch.device = self.model.device
+        self.lora = LoraLayers(self.model)
         if self.model.config._attn_implementation != _NAME:
             self._check(loaded.name)
             if self.device.type == "cpu":
@@ -229,13 +233,14 @@ class PackedModel:
         positions = [position for span in spans for position in span.positions]
         # One transfer to the device for both.
         ids_2T = torch.tensor([ids, positions], dtype=torch.long).to(self.device)
-        return self.model(
-            input_ids=ids_2T[:1],
-            position_ids=ids_2T[1:],
-            use_cache=False,
-            logits_to_keep=torch.tensor(keep, dtype=torch.long, device=self.device),
-            memcube_packed=_Packed(spans, last_layer, taken_N),
-        )
+        with self.lora.applied(_groups(spans), len(ids)):
+            return self.model(
+                input_ids=ids_2T[:1],
+                position_ids=ids_2T[1:],
+                use_cache=False,
+                logits_to_keep=torch.tensor(keep, dtype=torch.long, device=self.device),
+                memcube_packed=_Packed(spans, last_layer, taken_N),
+            )
 
     def _check(self, name: str) -> None:
         """That two packed rows give what each gives alone by the model's own attention."""
@@ -350,6 +355,20 @@ def _spans(rows: Sequence[Row]) -> list[_Span]:
     if not start:
         raise ValueError("nothing to compute")
     return spans
+
+
+def _groups(spans: Sequence[_Span]) -> list[LoraGroup]:
+    """The packed tokens by adapter: one group for neighbours of the same."""
+    groups: list[LoraGroup] = []
+    for span in spans:
+        adapter = span.row.adapter
+        if adapter is None:
+            continue
+        start, end = span.start, span.start + span.num_tokens
+        if groups and groups[-1].adapter is adapter and groups[-1].tokens.stop == start:
+            start = groups.pop().tokens.start
+        groups.append(LoraGroup(slice(start, end), adapter))
+    return groups
 
 
 def _attend(

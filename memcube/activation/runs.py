@@ -10,6 +10,7 @@ from memcube.activation.compose import Place
 from memcube.activation.contract import GenerateRequest, Piece
 from memcube.activation.detokenise import TextStream
 from memcube.activation.forward import KvBuffer
+from memcube.activation.lora import LoraAdapter
 from memcube.activation.operations import Operation, Plan, plan_exact
 from memcube.activation.sampling import Sampler
 from memcube.activation.stops import StopStrings
@@ -53,6 +54,8 @@ class Run:
     text: TextStream
     stops: StopStrings
     tokens: list[int]
+    lora: LoraAdapter | None = None
+    """The adapter that the request names, once it is loaded."""
     fetched: dict[str, Tensor] = field(default_factory=dict)
     """Blocks that were brought up from below the device for this run."""
     segment_keys: tuple[str, ...] = ()

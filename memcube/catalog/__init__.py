@@ -7,6 +7,14 @@ run them in a thread. SQLite on one machine, PostgreSQL on a cluster, one contra
 """
 
 from memcube.catalog.access import Access, KeyInfo, Lease, Leases, Principal, Role, Tenant
+from memcube.catalog.adapters import (
+    AdapterBook,
+    AdapterLine,
+    AdapterRecord,
+    AdapterState,
+    Holding,
+    NewAdapter,
+)
 from memcube.catalog.cubes import (
     UNSET,
     Added,
@@ -25,7 +33,7 @@ from memcube.ids import IdSource, uuid7
 
 
 class Catalog:
-    """One open catalog, by its five parts."""
+    """One open catalog, by its six parts."""
 
     def __init__(self, database: Database, *, new_id: IdSource = uuid7) -> None:
         self._database = database
@@ -34,6 +42,7 @@ class Catalog:
         self.cubes = Cubes(database, new_id=new_id)
         self.index = IndexBook(database)
         self.kv = KvBook(database)
+        self.adapters = AdapterBook(database, new_id=new_id)
 
     @classmethod
     def open(cls, url: str, *, new_id: IdSource = uuid7) -> "Catalog":
@@ -61,6 +70,10 @@ class Catalog:
 __all__ = [
     "UNSET",
     "Access",
+    "AdapterBook",
+    "AdapterLine",
+    "AdapterRecord",
+    "AdapterState",
     "AddResult",
     "Added",
     "Catalog",
@@ -68,6 +81,7 @@ __all__ = [
     "Cubes",
     "Database",
     "Edge",
+    "Holding",
     "Idempotency",
     "IndexBook",
     "KeyInfo",
@@ -76,6 +90,7 @@ __all__ = [
     "Lease",
     "Leases",
     "Lineage",
+    "NewAdapter",
     "Page",
     "Principal",
     "Removal",

@@ -10,6 +10,7 @@ from uuid import UUID
 import sqlalchemy as sa
 
 from memcube.catalog import schema
+from memcube.catalog.adapters import retire_holders
 from memcube.catalog.engine import Database
 from memcube.catalog.index_book import STALE
 from memcube.catalog.kv_book import drop_rows
@@ -661,6 +662,8 @@ class Cubes:
             entry = version_row(new, author=author, reason=reason)
             connection.execute(sa.insert(_versions), entry)
             drop_rows(connection, [row["id"]])
+            if new["text"] != row["text"] or new["members"] != row["members"]:
+                retire_holders(connection, [row["id"]], now)
             _delete_links(connection, row["id"])
             _write_links(connection, [new | {"parents": []}])
         return cube_of(new)
@@ -721,6 +724,8 @@ class Cubes:
         new["content_hash"] = self._free_hash(connection, new)
         self._save(connection, row, new)
         drop_rows(connection, [row["id"]])
+        if not new["searchable"]:
+            retire_holders(connection, [row["id"]], now)
         return new
 
     @staticmethod
@@ -1058,6 +1063,7 @@ def _wipe(
         ids = [row["id"] for row in rows[start : start + _CHUNK]]
         going = set(ids)
         drop_rows(connection, ids)
+        retire_holders(connection, ids, now)
         holders = sa.select(link.c.composite).where(link.c.member.in_(ids))
         query = sa.select(_cubes.c.id, _cubes.c.members).where(_cubes.c.id.in_(holders))
         query = query.order_by(_cubes.c.id).with_for_update()

@@ -107,10 +107,15 @@ class KvBook:
 
 def drop_rows(connection: sa.Connection, ids: Sequence[str]) -> None:
     """Delete the rows of at most some hundred cubes and of all composites that hold them."""
+    _delete(connection, and_above(ids))
+
+
+def and_above(ids: Sequence[str]) -> sa.Select[tuple[str]]:
+    """The ids of these cubes and of all composites that hold one of them at any depth."""
     link = schema.members
     above = sa.select(_cubes.c.id).where(_cubes.c.id.in_(ids)).cte("above", recursive=True)
     above = above.union(sa.select(link.c.composite).join(above, link.c.member == above.c.id))
-    _delete(connection, sa.select(above.c.id))
+    return sa.select(above.c.id)
 
 
 def _delete(connection: sa.Connection, cubes: Sequence[str] | sa.Select[tuple[str]]) -> None:

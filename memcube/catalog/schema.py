@@ -180,6 +180,54 @@ idempotency = sa.Table(
     sa.Column("created_at", sa.BigInteger, nullable=False, index=True),
 )
 
+adapters = sa.Table(
+    "adapters",
+    metadata,
+    sa.Column("id", sa.String(36), primary_key=True),
+    sa.Column("tenant", sa.String(63), sa.ForeignKey("tenants.id"), nullable=False),
+    sa.Column("name", sa.String(63), nullable=False),
+    sa.Column("user_id", sa.Text),
+    sa.Column("agent_id", sa.Text),
+    sa.Column("run_id", sa.Text),
+    sa.Column("created_at", sa.BigInteger, nullable=False),
+    sa.Index("uq_adapters_name", "tenant", "name", unique=True),
+)
+
+adapter_versions = sa.Table(
+    "adapter_versions",
+    metadata,
+    sa.Column("adapter", sa.String(36), sa.ForeignKey("adapters.id"), primary_key=True),
+    sa.Column("version", sa.Integer, primary_key=True),
+    sa.Column("state", sa.String(16), nullable=False),
+    sa.Column("reason", sa.String(16), nullable=False, comment="why it serves no more"),
+    sa.Column("base", sa.String(64), nullable=False, comment="fingerprint of the model it fits"),
+    sa.Column("sha256", sa.String(64), nullable=False, comment="of its file among the objects"),
+    sa.Column("size_bytes", sa.BigInteger, nullable=False),
+    sa.Column("rank", sa.Integer, nullable=False),
+    sa.Column("created_at", sa.BigInteger, nullable=False),
+    sa.Column("activated_at", sa.BigInteger),
+    sa.Column("retired_at", sa.BigInteger),
+    sa.Index(
+        "uq_adapter_versions_serving",
+        "adapter",
+        unique=True,
+        sqlite_where=sa.text("state = 'serving'"),
+        postgresql_where=sa.text("state = 'serving'"),
+    ),
+)
+
+adapter_cubes = sa.Table(
+    "adapter_cubes",
+    metadata,
+    sa.Column("adapter", sa.String(36), primary_key=True),
+    sa.Column("version", sa.Integer, primary_key=True),
+    sa.Column("cube", sa.String(36), sa.ForeignKey("cubes.id"), primary_key=True, index=True),
+    sa.Column("cube_version", sa.Integer, nullable=False),
+    sa.ForeignKeyConstraint(
+        ["adapter", "version"], ["adapter_versions.adapter", "adapter_versions.version"]
+    ),
+)
+
 
 def micros(time: datetime) -> int:
     """Whole microseconds since 1970."""

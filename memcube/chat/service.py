@@ -11,14 +11,16 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 
 from memcube.activation.contract import FinishReason, Mode, Sampling, Usage
-from memcube.catalog import Principal
+from memcube.catalog import AdapterRecord, Principal
+from memcube.chat.adapters import AdapterChoice
 from memcube.chat.contract import ChatModel, ChatPrompt, MemorySegment, SegmentUse, Turn
 from memcube.chat.router import Part, Route, Router
 from memcube.chat.selection import Packed, fitting, pack, wanted
 from memcube.config import ChatConfig
-from memcube.cube import MemCube
-from memcube.errors import BadRequest, Unavailable
+from memcube.cube import MemCube, Scope
+from memcube.errors import BadRequest, Unavailable, UnknownBackend
 from memcube.ids import CubeId, TenantId, digest
+from memcube.parametric.registry import reference
 from memcube.reader.messages import Header, Message
 from memcube.service import AddRequest, MemoryService, SearchScope
 
@@ -38,13 +40,15 @@ class MemoryChoice:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChatRequest:
-    """A conversation to go on with. ``memory`` None uses none."""
+    """A conversation to go on with. ``memory`` None uses none. ``adapter`` names one that serves;
+    None leaves it to the scope."""
 
     turns: tuple[Turn, ...]
     sampling: Sampling
     max_tokens: int | None = None
     stop: tuple[str, ...] = ()
     memory: MemoryChoice | None = None
+    adapter: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,6 +69,7 @@ class Report:
     engine: int
     retrieval_ms: float
     written_back: tuple[CubeId, ...] = ()
+    adapter: AdapterRecord | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,6 +85,7 @@ class Chunk:
 class _Recalled:
     segments: tuple[MemorySegment, ...] = ()
     took_ms: float = 0.0
+    adapter: AdapterRecord | None = None
     answer: list[str] = field(default_factory=list)
 
 
@@ -92,23 +98,27 @@ class ChatService:
         models: Sequence[ChatModel],
         config: ChatConfig,
         router: Router | None = None,
+        adapters: AdapterChoice | None = None,
     ) -> None:
-        """``router`` is shared with who else sends work to these models."""
+        """``router`` is shared with who else sends work to these models. Without ``adapters`` these
+        serve none."""
         self._memory = memory
         self._models = models
         self._config = config
         self._router = router or Router(len(models))
+        self._adapters = adapters
 
     async def answer(self, principal: Principal, request: ChatRequest) -> AsyncGenerator[Chunk]:
         """The answer in parts. Closing the iterator ends the work.
 
         Raises:
             BadRequest: no turn of a user, or a prompt that the model can't take.
+            NotFound: the adapter that it names doesn't serve.
             TooBusy: every engine has too much in line.
             Unavailable, DeadlineExceeded: no engine answered.
         """
         question = _question(request.turns)
-        recalled = _Recalled()
+        recalled = _Recalled(adapter=await self._adapter(principal, request))
         if request.memory is not None:
             started = time.perf_counter()
             recalled.segments = await self.recall(principal, question, request.memory)
@@ -124,6 +134,7 @@ class ChatService:
             max_tokens=request.max_tokens,
             stop=request.stop,
             deadline_s=self._config.deadline_s,
+            adapter=None if recalled.adapter is None else reference(recalled.adapter),
         )
         parts = _parts(principal, prompt)
         tried = 0
@@ -145,6 +156,25 @@ class ChatService:
                 return
             finally:
                 self._router.done(route)
+
+    async def _adapter(self, principal: Principal, request: ChatRequest) -> AdapterRecord | None:
+        if request.adapter is not None:
+            if self._adapters is None:
+                raise UnknownBackend("adapter", request.adapter, ())
+            return await self._adapters.named(principal.tenant, request.adapter)
+        if self._adapters is None or self._config.adapter != "auto" or request.memory is None:
+            return None
+        wanted = request.memory.scope
+        if wanted.cube_ids or wanted.filters is not None:
+            return None  # the adapter knows more than was asked for
+        return await self._adapters.of_scope(
+            Scope(
+                tenant=principal.tenant,
+                user_id=wanted.user_id,
+                agent_id=wanted.agent_id,
+                run_id=wanted.run_id,
+            )
+        )
 
     async def recall(
         self, principal: Principal, question: str, choice: MemoryChoice
@@ -197,6 +227,7 @@ class ChatService:
                 engine=route.engine,
                 retrieval_ms=recalled.took_ms,
                 written_back=await self._write_back(principal, request, "".join(recalled.answer)),
+                adapter=recalled.adapter,
             )
             yield Chunk(text=piece.text, finish=piece.finish, report=report)
 
@@ -235,6 +266,8 @@ def _group(principal: Principal, request: ChatRequest) -> str:
 def _parts(principal: Principal, prompt: ChatPrompt) -> list[Part]:
     """What of a prompt an engine may hold: each segment, and the conversation up to each turn."""
     parts = segment_parts(principal.tenant, prompt.segments)
+    if prompt.adapter is not None:  # the same text's KV is another under another adapter
+        parts = [Part(digest("adapted", *prompt.adapter, p.digest), p.num_chars) for p in parts]
     so_far = digest("turns", principal.tenant, *(part.digest for part in parts))
     for turn in prompt.turns:
         so_far = digest("turn", so_far, turn.role, turn.content)

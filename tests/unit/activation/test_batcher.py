@@ -22,7 +22,6 @@ from memcube.errors import (
     LimitExceeded,
     MemCubeError,
     Unavailable,
-    UnknownBackend,
 )
 from memcube.testing.kv import TinyLru
 from memcube.testing.tiny_lm import END, tiny_model
@@ -451,8 +450,11 @@ def test_what_can_never_run_is_refused():
         House().submit(prompt(5000), max_tokens=1)
     with pytest.raises(BadRequest, match="an id that is none of 257"):
         house.submit([1, 257])
-    with pytest.raises(UnknownBackend):
-        house.submit(prompt(5), adapter=AdapterRef("a", "1"))
+
+
+def test_a_run_without_the_adapter_that_it_names_is_not_taken():
+    with pytest.raises(ValueError, match="comes with the adapter"):
+        House().submit(prompt(5), adapter=AdapterRef("a", "1"))
 
 
 def test_without_max_tokens_an_answer_takes_what_the_window_leaves():
