@@ -13,6 +13,7 @@ import random
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
@@ -60,12 +61,12 @@ class Recipe:
     weight_decay: float = 0.0
     clip: float = 1.0
     steps: int = 120
-    row_tokens: int = 640
-    rows: int = 1
-    replay_tokens: int = 160
+    row_tokens: int = 320
+    rows: int = 2
+    replay_tokens: int = 80
     kl_weight: float = 1.0
     check_steps: int = 20
-    first_check: int = 40
+    first_check: int = 60
     checkpoint_steps: int = 20
     autocast: bool = True
     seed: int = 0
@@ -195,6 +196,10 @@ class AdapterTrainer:
             Conflict: the checkpoint is of another model, training set, recipe or number of workers.
             Corrupt: the checkpoint can't be read.
         """
+        with self._lowered():
+            return self._train()
+
+    def _train(self) -> Trained:
         recipe, state = self._recipe, self._resume()
         began, first = self._clock(), state.step
         end = min(recipe.steps, state.decay_from + recipe.decay_steps)
@@ -229,6 +234,20 @@ class AdapterTrainer:
             )
         self._save(state)
         return Trained(outcome=Outcome.DONE, step=state.step, history=tuple(state.history))
+
+    @contextmanager
+    def _lowered(self) -> Iterator[None]:
+        """The frozen weights in bfloat16 meanwhile, as to cast them in each step costs a third more."""
+        frozen = [p for p in self.model.parameters() if not p.requires_grad]
+        kept = [parameter.data for parameter in frozen]
+        if self._recipe.autocast:
+            for parameter in frozen:
+                parameter.data = parameter.data.to(torch.bfloat16)
+        try:
+            yield
+        finally:
+            for parameter, data in zip(frozen, kept, strict=True):
+                parameter.data = data
 
     def _passes(self) -> bool:
         self.model.eval()
