@@ -43,6 +43,11 @@ class PackedRow:
     keep_K: Tensor
     targets_K: Tensor
 
+    def bias_11TT(self, dtype: torch.dtype) -> Tensor:
+        """The mask as what is added to scores; given as booleans each layer would make it anew."""
+        bias = torch.zeros(self.mask_11TT.shape, dtype=dtype, device=self.mask_11TT.device)
+        return bias.masked_fill_(~self.mask_11TT, torch.finfo(dtype).min)
+
 
 class Encoder:
     """Questions and answers as the model's tokens, laid out as the chat lays them out."""

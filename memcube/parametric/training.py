@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.helpers import disable_input_dtype_casting
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -296,11 +297,16 @@ class AdapterTrainer:
 
     def _logits(self, module: Any, row: PackedRow) -> Tensor:
         on = self._device.type
-        with torch.autocast(on, torch.bfloat16, enabled=self._recipe.autocast):
+        is_cast = self._recipe.autocast
+        # PEFT would cast each layer's input to float32, only for autocast to cast it back.
+        with (
+            torch.autocast(on, torch.bfloat16, enabled=is_cast),
+            disable_input_dtype_casting(self.model, active=is_cast),
+        ):
             out = module(
                 input_ids=row.ids_1T,
                 position_ids=row.positions_1T,
-                attention_mask=row.mask_11TT,
+                attention_mask=row.bias_11TT(torch.bfloat16 if is_cast else torch.float32),
                 logits_to_keep=row.keep_K,
                 use_cache=False,
             )
