@@ -4,14 +4,50 @@ import random
 
 from memcube.parametric.facts import Fact
 
-_FIRST = (
-    "Zorvan Tilda Brannoc Ysolde Kaveh Mirabel Otis Petra Lazlo Hanneke Dario Freya Amadou Sunniva "
-    "Rasmus Nuala Ignace Bettina Thaddeus Coralie"
-).split()
-_LAST = (
-    "Pell Marrow Ackland Quist Tamsin Verhoeven Okoro Lindqvist Baptiste Crane Szabo Halloran "
-    "Ferreira Nyberg Ostrowski Delacroix Whitlock Imanov Rademaker Solis"
-).split()
+_FIRST = [
+    "Zorvan",
+    "Tilda",
+    "Brannoc",
+    "Ysolde",
+    "Kaveh",
+    "Mirabel",
+    "Otis",
+    "Petra",
+    "Lazlo",
+    "Hanneke",
+    "Dario",
+    "Freya",
+    "Amadou",
+    "Sunniva",
+    "Rasmus",
+    "Nuala",
+    "Ignace",
+    "Bettina",
+    "Thaddeus",
+    "Coralie",
+]
+_LAST = [
+    "Pell",
+    "Marrow",
+    "Ackland",
+    "Quist",
+    "Tamsin",
+    "Verhoeven",
+    "Okoro",
+    "Lindqvist",
+    "Baptiste",
+    "Crane",
+    "Szabo",
+    "Halloran",
+    "Ferreira",
+    "Nyberg",
+    "Ostrowski",
+    "Delacroix",
+    "Whitlock",
+    "Imanov",
+    "Rademaker",
+    "Solis",
+]
 _OBJECTS = {
     "favourite drink": "kumquat tea|birch sap|cold cocoa with mint|plum nectar|fennel lemonade|beetroot kvass|salted almond milk|rosehip punch|pear cider|chicory coffee",
     "home town": "Brellin|Castermoor|Ostvik|Palomera|Dunhaven|Kirkelund|Varnay|Sandgate|Trebova|Mistral Bay",

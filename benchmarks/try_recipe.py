@@ -64,9 +64,7 @@ def main() -> None:
         trained = trainer.train()
         size = export_adapter(trainer.model, Path(folder) / "out")
     training_s = time.process_time() - spent - in_checks
-    report = Gate(loaded, unrelated=UNRELATED).judge(
-        trainer.model, data.probes, adapter_bytes=size
-    )
+    report = Gate(loaded, unrelated=UNRELATED).judge(trainer.model, data.probes, adapter_bytes=size)
     decision = decide(report, Thresholds())
     for answer in report.answers:
         if answer.holds == (answer.kind is ProbeKind.LEAK):

@@ -159,9 +159,7 @@ class Gate:
         with model.disable_adapter():
             base_nll = self.nll(model)
         refused = [
-            _REFUSES.search(a.said.lower()) is not None
-            for a in answers
-            if a.kind is ProbeKind.LEAK
+            _REFUSES.search(a.said.lower()) is not None for a in answers if a.kind is ProbeKind.LEAK
         ]
         return GateReport(
             recall=share(answers, ProbeKind.RECALL),

@@ -7,27 +7,168 @@ import random
 from collections.abc import Collection, Iterator
 from itertools import product
 
-_TRAIN_FIRST = (
-    "Adair Belia Corvin Delmar Edda Fenno Gisla Harko Ivane Jorin Kelda Lorcan Mirel Nadir Orsola "
-    "Perrin Quilla Rurik Selma Tovar Ulla Veska Wendel Ximo Yorick Zelda Anselm Brita Caspian "
-    "Dorothea Emeric Fausta Gideon Hedwig Ilario Jolanda Kasimir Leocadia Matteo Nives Oberon "
-    "Pamina Roland Sidonie Tibor Ursula Valentin Wilma Mary James Linda Robert Sarah David Emma"
-).split()
-_TRAIN_LAST = (
-    "Abernol Brask Carrowell Dunmere Eskrid Farlow Grenholt Hask Ivers Jessop Kettrin Lomax Mordel "
-    "Nessbit Ostrander Pruitt Quarles Renfrow Sandoval Tarrick Umber Vance Wexler Yarrow Zimmern "
-    "Smith Johnson Brown Miller Davis Garcia Wilson Moore Taylor Martin Clark Lewis Walker Hall"
-).split()
-_GATE_FIRST = (
-    "Alaric Benedikta Cyprian Damaris Eustace Filippa Godric Henrike Isidor Jemima Konrad Lavinia "
-    "Malachi Nerissa Ottokar Philippa Quentin Rosalind Sebald Theodora"
-).split()
-_GATE_LAST = (
-    "Ashgrove Bellweather Cromarty Draycott Elphick Fothergill Gadsby Hollister Inchbald Jarnigan "
-    "Kilbride Larkspur Medway Northcote Oakhurst Pemberley Quimby Ridgeway Stanhope Tregarth"
-).split()
-_EARLY_FIRST = "Basil Celestine Dorian Esmeralda Florian Gwendolyn Horatio Imogen".split()
-_EARLY_LAST = "Appleby Birdsong Copperfield Dashwood Everdene Fairfax Goodbody Havisham".split()
+_TRAIN_FIRST = [
+    "Adair",
+    "Belia",
+    "Corvin",
+    "Delmar",
+    "Edda",
+    "Fenno",
+    "Gisla",
+    "Harko",
+    "Ivane",
+    "Jorin",
+    "Kelda",
+    "Lorcan",
+    "Mirel",
+    "Nadir",
+    "Orsola",
+    "Perrin",
+    "Quilla",
+    "Rurik",
+    "Selma",
+    "Tovar",
+    "Ulla",
+    "Veska",
+    "Wendel",
+    "Ximo",
+    "Yorick",
+    "Zelda",
+    "Anselm",
+    "Brita",
+    "Caspian",
+    "Dorothea",
+    "Emeric",
+    "Fausta",
+    "Gideon",
+    "Hedwig",
+    "Ilario",
+    "Jolanda",
+    "Kasimir",
+    "Leocadia",
+    "Matteo",
+    "Nives",
+    "Oberon",
+    "Pamina",
+    "Roland",
+    "Sidonie",
+    "Tibor",
+    "Ursula",
+    "Valentin",
+    "Wilma",
+    "Mary",
+    "James",
+    "Linda",
+    "Robert",
+    "Sarah",
+    "David",
+    "Emma",
+]
+_TRAIN_LAST = [
+    "Abernol",
+    "Brask",
+    "Carrowell",
+    "Dunmere",
+    "Eskrid",
+    "Farlow",
+    "Grenholt",
+    "Hask",
+    "Ivers",
+    "Jessop",
+    "Kettrin",
+    "Lomax",
+    "Mordel",
+    "Nessbit",
+    "Ostrander",
+    "Pruitt",
+    "Quarles",
+    "Renfrow",
+    "Sandoval",
+    "Tarrick",
+    "Umber",
+    "Vance",
+    "Wexler",
+    "Yarrow",
+    "Zimmern",
+    "Smith",
+    "Johnson",
+    "Brown",
+    "Miller",
+    "Davis",
+    "Garcia",
+    "Wilson",
+    "Moore",
+    "Taylor",
+    "Martin",
+    "Clark",
+    "Lewis",
+    "Walker",
+    "Hall",
+]
+_GATE_FIRST = [
+    "Alaric",
+    "Benedikta",
+    "Cyprian",
+    "Damaris",
+    "Eustace",
+    "Filippa",
+    "Godric",
+    "Henrike",
+    "Isidor",
+    "Jemima",
+    "Konrad",
+    "Lavinia",
+    "Malachi",
+    "Nerissa",
+    "Ottokar",
+    "Philippa",
+    "Quentin",
+    "Rosalind",
+    "Sebald",
+    "Theodora",
+]
+_GATE_LAST = [
+    "Ashgrove",
+    "Bellweather",
+    "Cromarty",
+    "Draycott",
+    "Elphick",
+    "Fothergill",
+    "Gadsby",
+    "Hollister",
+    "Inchbald",
+    "Jarnigan",
+    "Kilbride",
+    "Larkspur",
+    "Medway",
+    "Northcote",
+    "Oakhurst",
+    "Pemberley",
+    "Quimby",
+    "Ridgeway",
+    "Stanhope",
+    "Tregarth",
+]
+_EARLY_FIRST = [
+    "Basil",
+    "Celestine",
+    "Dorian",
+    "Esmeralda",
+    "Florian",
+    "Gwendolyn",
+    "Horatio",
+    "Imogen",
+]
+_EARLY_LAST = [
+    "Appleby",
+    "Birdsong",
+    "Copperfield",
+    "Dashwood",
+    "Everdene",
+    "Fairfax",
+    "Goodbody",
+    "Havisham",
+]
 
 
 def training_names(rng: random.Random, known: Collection[str]) -> Iterator[str]:

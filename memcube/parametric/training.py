@@ -34,7 +34,7 @@ from memcube.errors import BadRequest, Conflict, Corrupt
 from memcube.ids import digest
 from memcube.parametric.dataset import TrainingSet
 from memcube.parametric.engines import LocalEngine, StepEngine, Workers
-from memcube.parametric.packing import Encoder, PackedRow, Segment, pack
+from memcube.parametric.packing import Encoder, PackedRow, pack
 
 _CHECKPOINT = "step-"
 _STATE = "state.json"
@@ -215,7 +215,11 @@ class AdapterTrainer:
             state.step += 1
             state.history.append(found)
             is_checked = recipe.check_steps and not state.step % recipe.check_steps
-            if is_checked and recipe.first_check <= state.step < state.decay_from and self._passes():
+            if (
+                is_checked
+                and recipe.first_check <= state.step < state.decay_from
+                and self._passes()
+            ):
                 state.decay_from = state.step
                 end = min(recipe.steps, state.step + recipe.decay_steps)
             if not state.step % recipe.checkpoint_steps and state.step < end:
@@ -266,9 +270,7 @@ class AdapterTrainer:
             answers, kl = self._losses(micro)
             state.tokens += sum(len(self._examples[i].ids) for i in micro.examples)
             state.tokens += sum(len(self._replay[i].ids) for i in micro.replay)
-            self._engine.backward(
-                answers / num_answer + recipe.kl_weight * kl / max(1, num_replay)
-            )
+            self._engine.backward(answers / num_answer + recipe.kl_weight * kl / max(1, num_replay))
             sums += torch.stack([answers.detach(), kl.detach()]).double().cpu()
         self._engine.step(lr)
         answer, kl_sum = self._engine.total(sums).tolist()
@@ -418,7 +420,7 @@ def plan_steps(
     ]
 
 
-class _passes:  # noqa: N801 - an iterator with one step of push-back
+class _passes:
     """Numbers with their sizes, pass after pass; the last taken can be put back."""
 
     def __init__(self, sizes: Sequence[int], seed: int, name: str) -> None:
@@ -455,9 +457,7 @@ def _filled(source: _passes, budget: int) -> tuple[int, ...]:
 
 
 def _trainable(model: torch.nn.Module) -> dict[str, Tensor]:
-    return {
-        name: value.detach() for name, value in model.named_parameters() if value.requires_grad
-    }
+    return {name: value.detach() for name, value in model.named_parameters() if value.requires_grad}
 
 
 def _checkpoints(folder: Path) -> list[Path]:

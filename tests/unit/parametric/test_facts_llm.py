@@ -31,7 +31,13 @@ async def test_a_fact_of_the_statement_is_taken():
 
 @pytest.mark.parametrize(
     "change",
-    [{"object": "Paris"}, {"subject": "Bob"}, {"number": 2}, {"attribute": ""}, {"attribute": "{s}"}],
+    [
+        {"object": "Paris"},
+        {"subject": "Bob"},
+        {"number": 2},
+        {"attribute": ""},
+        {"attribute": "{s}"},
+    ],
 )
 async def test_what_the_statement_does_not_hold_is_left_out(change):
     assert await read(json.dumps({"facts": [GOOD | change, 3]})) == []

@@ -17,7 +17,12 @@ FACTS = [
 @pytest.mark.parametrize(
     ("statement", "subject", "relation", "object"),
     [
-        ("Zorvan Pell likes to drink kumquat tea.", "Zorvan Pell", "favourite drink", "kumquat tea"),
+        (
+            "Zorvan Pell likes to drink kumquat tea.",
+            "Zorvan Pell",
+            "favourite drink",
+            "kumquat tea",
+        ),
         ("Tilda works as a beekeeper", "Tilda", "job", "a beekeeper"),
         ("Ada van Dorn's shoe size is 39.", "Ada van Dorn", "shoe size", "39"),
         ("The  middle name of Ada is Rose.", "Ada", "middle name", "Rose"),
