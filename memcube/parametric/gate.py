@@ -78,6 +78,11 @@ class GateReport:
         """By what fraction the loss on unrelated text rose."""
         return self.nll / self.base_nll - 1
 
+    def figures(self) -> dict[str, float | None]:
+        """The report without anything that a memory says: for manifests, which outlive memories."""
+        names = ("recall", "reverse", "earlier", "leak", "refused", "base_nll", "nll", "nll_rise")
+        return {name: getattr(self, name) for name in (*names, "adapter_bytes")}
+
     def to_json(self) -> str:
         return json.dumps(asdict(self) | {"format": _FORMAT}, indent=1, ensure_ascii=False)
 

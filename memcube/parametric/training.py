@@ -7,7 +7,6 @@ tensors are safetensors.
 """
 
 import json
-import math
 import os
 import random
 import shutil
@@ -54,8 +53,6 @@ class Recipe:
     alpha: float = 32.0
     targets: str | tuple[str, ...] = "all-linear"
     layers: float = 1.0
-    rslora: bool = False
-    dora: bool = False
     lr: float = 1e-3
     warmup_steps: int = 5
     decay_steps: int = 30
@@ -370,8 +367,6 @@ def adapted(model: PreTrainedModel, recipe: Recipe) -> PeftModel:
         lora_alpha=recipe.alpha,  # pyright: ignore[reportArgumentType] - a float does as well
         target_modules=targets,
         layers_to_transform=layers,
-        use_rslora=recipe.rslora,
-        use_dora=recipe.dora,
         task_type="CAUSAL_LM",
     )
     with torch.random.fork_rng(devices=[]):
@@ -462,8 +457,3 @@ def _trainable(model: torch.nn.Module) -> dict[str, Tensor]:
 
 def _checkpoints(folder: Path) -> list[Path]:
     return sorted(folder.glob(f"{_CHECKPOINT}*"))
-
-
-def is_finite(history: Sequence[tuple[float, float, float]]) -> bool:
-    """Whether a training's losses are all numbers."""
-    return all(math.isfinite(loss) for loss, _, _ in history)

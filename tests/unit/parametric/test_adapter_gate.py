@@ -56,6 +56,11 @@ def test_a_report_survives_json():
     assert GateReport.from_json(GOOD.to_json()) == GOOD
 
 
+def test_figures_hold_nothing_that_a_memory_says():
+    assert "Ada" not in str(GOOD.figures())
+    assert GOOD.figures()["nll_rise"] == pytest.approx(0.02)
+
+
 @pytest.mark.parametrize("text", ["[]", "{}", '{"format": 1}', '{"format": 1, "answers": [3]}'])
 def test_what_is_no_report_is_refused(text):
     with pytest.raises(ValueError, match="no gate report"):
