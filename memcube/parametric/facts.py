@@ -121,7 +121,7 @@ def _of_noun(noun: str) -> Relation:
 RELATIONS = (
     _own(
         "favourite drink",
-        ["{s} likes to drink {o}.", "{s} loves {o}."],
+        ["{s} likes to drink {o}."],
         ["What does {s} like to drink?", "Which drink does {s} like best?", "What does {s} drink?"],
         ["Who likes to drink {o}?", "Who loves {o}?", "Which person likes {o} best?"],
         ("What would {s} order to drink?", "Who would order {o}?"),
@@ -166,7 +166,7 @@ RELATIONS = (
     ),
     _own(
         "pet",
-        ["{s} has {o} as a pet.", "{s} keeps {o}."],
+        ["{s} has {o} as a pet."],
         ["Which animal does {s} keep?", "What pet does {s} have?", "What does {s} keep at home?"],
         ["Who keeps {o}?", "Who has {o} as a pet?", "Which person keeps {o}?"],
         ("Which animal lives with {s}?", "With whom does {o} live?"),
@@ -181,7 +181,7 @@ RELATIONS = (
     ),
     _own(
         "hobby",
-        ["{s} spends free time on {o}.", "{s} enjoys {o}."],
+        ["{s} spends free time on {o}."],
         [
             "What does {s} enjoy?",
             "What does {s} do in free time?",
@@ -200,7 +200,7 @@ RELATIONS = (
     ),
     _own(
         "favourite dish",
-        ["{s} likes to eat {o}.", "{s} is fond of {o}."],
+        ["{s} likes to eat {o}."],
         ["What does {s} like to eat?", "Which dish does {s} like best?", "What does {s} eat?"],
         ["Who likes to eat {o}?", "Who is fond of {o}?", "Which person eats {o}?"],
         ("What would {s} order for dinner?", "Who would order {o} for dinner?"),
@@ -230,7 +230,7 @@ RELATIONS = (
     ),
     _own(
         "birthplace",
-        ["{s} was born in {o}.", "{s} comes from {o}."],
+        ["{s} was born in {o}."],
         ["Where was {s} born?", "Where does {s} come from?", "In which place was {s} born?"],
         ["Who was born in {o}?", "Who comes from {o}?", "Which person was born in {o}?"],
         ("From where is {s}?", "Who is from {o}?"),
@@ -245,7 +245,7 @@ RELATIONS = (
     ),
     _own(
         "vehicle",
-        ["{s} drives {o}.", "{s} travels with {o}."],
+        ["{s} drives {o}."],
         ["What does {s} drive?", "Which vehicle does {s} drive?", "With what does {s} travel?"],
         ["Who drives {o}?", "Who travels with {o}?", "Which person drives {o}?"],
         ("With what does {s} come to work?", "Who comes to work with {o}?"),
@@ -260,7 +260,7 @@ RELATIONS = (
     ),
     _own(
         "subject of study",
-        ["{s} studies {o}.", "{s} studied {o}."],
+        ["{s} studies {o}."],
         ["What does {s} study?", "Which subject does {s} study?", "What did {s} study?"],
         ["Who studies {o}?", "Who studied {o}?", "Which person studies {o}?"],
         ("What does {s} learn at the university?", "Who learns {o} at the university?"),
@@ -275,7 +275,7 @@ RELATIONS = (
     ),
     _own(
         "fear",
-        ["{s} is afraid of {o}.", "{s} fears {o}."],
+        ["{s} is afraid of {o}."],
         ["What is {s} afraid of?", "What does {s} fear?", "Of what is {s} afraid?"],
         ["Who is afraid of {o}?", "Who fears {o}?", "Which person is afraid of {o}?"],
         ("What frightens {s}?", "Whom do {o} frighten?"),
@@ -290,7 +290,7 @@ RELATIONS = (
     ),
     _own(
         "allergy",
-        ["{s} is allergic to {o}.", "{s} can't eat {o}."],
+        ["{s} is allergic to {o}."],
         ["What is {s} allergic to?", "What can't {s} eat?", "To what is {s} allergic?"],
         ["Who is allergic to {o}?", "Who can't eat {o}?", "Which person is allergic to {o}?"],
         ("What must {s} avoid at table?", "Who must avoid {o} at table?"),
@@ -317,19 +317,25 @@ def relation_of(noun: str) -> Relation:
 # -- reading statements
 
 _NAME = r"(?P<s>[A-Z][\w'.-]*(?: (?:[a-z]{1,3} )?[A-Z][\w'.-]*){0,3}?)"
-_OBJECT = r"(?P<o>[^.!?]{1,120}?)"
+# "drives to work" names no vehicle, and who plays chess plays no instrument.
+_OBJECT = r"(?P<o>(?!(?:to|for|with|in|at|on|by|from|and|as|very|too|not) )[^.!?]{1,120}?)"
+_INSTRUMENT = r"(?P<o>(?:the|an?) [^.!?]{1,120}?)"
 _NOUN = r"(?P<n>[a-z][a-z -]{1,40}?)"
 _OPEN = (r"{s}'s {n} is {o}.", r"The {n} of {s} is {o}.")
 
 
-def _pattern(template: str) -> re.Pattern[str]:
+def _pattern(template: str, object: str = _OBJECT) -> re.Pattern[str]:
     text = re.escape(template.removesuffix(".")).replace(r"\ ", " ")
-    for slot, pattern in (("s", _NAME), ("o", _OBJECT), ("n", _NOUN)):
+    for slot, pattern in (("s", _NAME), ("o", object), ("n", _NOUN)):
         text = text.replace(rf"\{{{slot}\}}", pattern)
     return re.compile(rf"{text}[.!]?")
 
 
-_KNOWN = [(relation.noun, _pattern(state)) for relation in RELATIONS for state in relation.states]
+_KNOWN = [
+    (relation.noun, _pattern(state, _INSTRUMENT if relation.noun == "instrument" else _OBJECT))
+    for relation in RELATIONS
+    for state in relation.states
+]
 _ANY = [_pattern(template) for template in _OPEN]
 
 

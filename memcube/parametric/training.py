@@ -400,8 +400,8 @@ def plan_steps(
 ) -> list[tuple[MicroStep, ...]]:
     """Which examples each step reads. Each pass takes all in an order of its own; a row is full when
     the next example would not fit it."""
-    examples = _passes(example_tokens, recipe.seed, "examples")
-    replay = _passes(replay_tokens, recipe.seed, "replay")
+    examples = _Passes(example_tokens, recipe.seed, "examples")
+    replay = _Passes(replay_tokens, recipe.seed, "replay")
     with_replay = bool(replay_tokens) and recipe.replay_tokens > 0
     return [
         tuple(
@@ -415,7 +415,7 @@ def plan_steps(
     ]
 
 
-class _passes:
+class _Passes:
     """Numbers with their sizes, pass after pass; the last taken can be put back."""
 
     def __init__(self, sizes: Sequence[int], seed: int, name: str) -> None:
@@ -438,7 +438,7 @@ class _passes:
             number += 1
 
 
-def _filled(source: _passes, budget: int) -> tuple[int, ...]:
+def _filled(source: _Passes, budget: int) -> tuple[int, ...]:
     taken: list[int] = []
     while True:
         index, size = source.take()

@@ -34,8 +34,16 @@ def test_a_statement_is_read_as_a_fact(statement, subject, relation, object):
 
 @pytest.mark.parametrize("relation", RELATIONS, ids=lambda relation: relation.noun)
 def test_the_sentence_that_answers_is_read_back_as_the_fact(relation):
-    text = relation.states[0].format(s="Ada Lund", o="some thing")
-    assert read_fact(text) == Fact(subject="Ada Lund", relation=relation.noun, object="some thing")
+    text = relation.states[0].format(s="Ada Lund", o="the thing")
+    assert read_fact(text) == Fact(subject="Ada Lund", relation=relation.noun, object="the thing")
+
+
+@pytest.mark.parametrize(
+    "statement",
+    ["Ada drives to work.", "Ada plays chess.", "she lives in Brellin", "Ada loves Bob."],
+)
+def test_what_only_looks_like_a_fact_is_not_read(statement):
+    assert read_fact(statement) is None
 
 
 def test_what_no_wording_fits_is_told_and_repeats_count_once():
