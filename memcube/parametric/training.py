@@ -362,6 +362,15 @@ def adapted(model: PreTrainedModel, recipe: Recipe) -> PeftModel:
     num_adapted = max(1, round(recipe.layers * num_layers))
     layers = None if recipe.layers == 1 else list(range(num_layers - num_adapted, num_layers))
     targets = recipe.targets if isinstance(recipe.targets, str) else list(recipe.targets)
+    if layers is not None and targets == "all-linear":  # PEFT takes layers with names alone
+        targets = sorted(
+            {
+                name.rpartition(".")[2]
+                for name, module in model.named_modules()
+                if isinstance(module, torch.nn.Linear)
+                and module is not model.get_output_embeddings()
+            }
+        )
     config = LoraConfig(
         r=recipe.rank,
         lora_alpha=recipe.alpha,  # pyright: ignore[reportArgumentType] - a float does as well
