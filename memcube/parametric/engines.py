@@ -3,8 +3,9 @@
 The trainer gives gradients of means over the whole step, whatever the number of workers.
 """
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -13,7 +14,8 @@ from torch import Tensor
 _MOMENTS = "optimizer.safetensors"
 
 
-class Workers(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Workers:
     """Which worker this is, and of how many."""
 
     rank: int = 0
