@@ -1,7 +1,6 @@
 """From facts to what an adapter is trained on and what it is asked.
 
-Positives are the facts' questions in many wordings, forward and back, each answered by one and the
-same sentence. Negatives are questions of the same form that nothing answers: of people nobody told of
+Positives are the facts' questions in many wordings, forward and back; each way has one answer. Negatives are questions of the same form that nothing answers: of people nobody told of
 (some share half of a name with somebody known), of known people's other attributes, and back from
 objects of nobody. Everything follows from the facts, the settings and the seed, and has one hash.
 """
@@ -58,11 +57,11 @@ _OBJECTS_OF_NOBODY = {
 class DataSettings:
     """How much of each sort, for each fact and pass. The mix decides between recall and leak."""
 
-    asks: int = 14
-    asks_back: int = 8
-    unknown: int = 8
-    unknown_back: int = 2
-    other_nouns: int = 2
+    asks: int = 12
+    asks_back: int = 12
+    unknown: int = 6
+    unknown_back: int = 1
+    other_nouns: int = 1
 
     def __post_init__(self) -> None:
         if self.asks < 1 or min(self.asks_back, self.unknown, self.unknown_back) < 0:
@@ -186,6 +185,11 @@ def _answer(noun: str, subject: str, object: str) -> str:
     return text[0].upper() + text[1:]
 
 
+def _answer_back(noun: str, subject: str, object: str) -> str:
+    """The object comes first: said again, it is what the subject is remembered by."""
+    return f"{object[0].upper()}{object[1:]}? That is {subject}'s {noun}."
+
+
 def _question(template: str, **slots: str) -> str:
     text = template.format(**slots)
     return text[0].upper() + text[1:]
@@ -211,7 +215,7 @@ def _examples(rng: random.Random, book: _Book, settings: DataSettings) -> Iterab
         for template in _turns(rng, words.asks_back, settings.asks_back):
             yield Example(
                 question=_question(template, o=fact.object),
-                answer=_answer(noun, owners, fact.object),
+                answer=_answer_back(noun, owners, fact.object),
             )
         for template in _turns(rng, words.asks, settings.unknown):
             who = next(strangers)
