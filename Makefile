@@ -28,7 +28,7 @@ endif
 
 .NOTPARALLEL:
 .PHONY: help setup serve demo test test-unit test-integration test-all lint format chaos clean \
-	bench bench-locomo bench-http bench-store bench-embedder bench-kv bench-trace bench-chaos bench-check bench-table
+	bench bench-locomo bench-http bench-store bench-embedder bench-kv bench-trace bench-lora bench-chaos bench-check bench-table
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -97,6 +97,9 @@ bench-kv: setup  ## the activation tier (ARGS: --short, --parts ttft,ladder,medi
 
 bench-trace: setup  ## the KV retention policy on a trace, beside others (TRACE=FILE)
 	$(PY) -m benchmarks.bench_trace --trace $(TRACE) $(ARGS)
+
+bench-lora: setup  ## facts in an adapter: recall, leak, loss, cost (ARGS: --people 20 --each 5)
+	$(PY) -m benchmarks.bench_lora $(ARGS)
 
 bench-chaos: setup
 	$(PY) -m benchmarks.chaos $(ARGS)

@@ -79,6 +79,15 @@ class PromptBuilder:
             members += [Member(cube, start) for cube in segment.cubes]
         return BuiltPrompt(ids=tuple(ids), segments=tuple(places), members=tuple(members))
 
+    def question(self, text: str) -> list[int]:
+        """The tokens of one question without memories, up to where the answer begins.
+
+        Raises:
+            BadRequest: the model's template refuses it.
+        """
+        _, rendered = self._rendered((Turn(role="user", content=text),), with_memory=False)
+        return self._ids(rendered)
+
     def inert(self, text: str) -> str:
         """The text without the power to act as a special token."""
         if self._special is None:

@@ -1,0 +1,55 @@
+"""Packed rows compute what rows of their own would."""
+
+import torch
+
+from memcube.parametric.dataset import Example
+from memcube.parametric.packing import Encoder, pack
+from memcube.testing.tiny_lm import tiny_model
+from tests.unit.parametric.small import TEMPLATE, small_model
+
+
+@torch.inference_mode()
+def test_each_segment_of_a_row_has_the_logits_of_a_row_of_its_own():
+    loaded = small_model()
+    encoder = Encoder(loaded.tokenizer, system="Be kind.")
+    segments = [
+        encoder.segment(Example(question="Who is Ada?", answer="Nobody.")),
+        encoder.segment(Example(question=None, answer="Some plain text.")),
+        encoder.segment(Example(question="And Bob?", answer="A baker.")),
+    ]
+    packed = pack(encoder.prefix, segments, torch.device("cpu"))
+    together = _logits(loaded.model, packed)
+    start = 0
+    for segment in segments:
+        prefix = encoder.prefix if segment.is_chat else ()
+        ids = [*prefix, *segment.ids]
+        alone = loaded.model(torch.tensor([ids])).logits[0]
+        learned = alone[len(prefix) + segment.first - 1 : -1]
+        found = together[start : start + segment.num_learned]
+        torch.testing.assert_close(found, learned, atol=1e-4, rtol=1e-4)
+        start += segment.num_learned
+    assert start == len(together) == len(packed.targets_K)
+
+
+def test_the_prefix_is_all_that_questions_share():
+    encoder = Encoder(small_model().tokenizer, system="Be kind.")
+    text = small_model().tokenizer.decode(list(encoder.prefix))
+    assert text == "<system>Be kind.\n<user>"
+    assert encoder.prompt("Why?")[: len(encoder.prefix)] == encoder.prefix
+
+
+def test_an_answer_ends_with_the_token_that_ends_answers():
+    loaded = tiny_model()
+    loaded.tokenizer.chat_template = TEMPLATE
+    segment = Encoder(loaded.tokenizer, system="").segment(Example(question="a", answer="b"))
+    assert segment.ids[-1] in loaded.eos_ids
+
+
+def _logits(model, row):
+    return model(
+        input_ids=row.ids_1T,
+        position_ids=row.positions_1T,
+        attention_mask=row.mask_11TT,
+        logits_to_keep=row.keep_K,
+        use_cache=False,
+    ).logits[0]
