@@ -139,7 +139,7 @@ def draw(table: Mapping[int, Mapping[str, float]], path: Path) -> None:
     capacities = sorted(table)
     # The same figures make the same file.
     with matplotlib.rc_context({"svg.hashsalt": path.stem, "svg.fonttype": "none"}):
-        canvas = Canvas(figsize=(7, 4.5), layout="constrained")
+        canvas = Canvas(figsize=(9, 4.5), layout="constrained")
         axes = canvas.add_subplot()
         for name in table[capacities[0]]:
             ratios = [table[capacity][name] for capacity in capacities]
@@ -159,7 +159,7 @@ def draw(table: Mapping[int, Mapping[str, float]], path: Path) -> None:
         axes.xaxis.set_minor_locator(NullLocator())
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)
-        axes.legend(frameon=False)
+        canvas.legend(loc="outside right upper", frameon=False)
         canvas.savefig(path, format="svg", metadata={"Date": None})
 
 

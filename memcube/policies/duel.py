@@ -6,8 +6,10 @@ same share (Waldspurger 2015). The ghosts see the same uses, so chance favours n
 is the time that hits save.
 
 The least worthy is looked for among a few drawn at random and the runners-up of the last draw (whole
-caches so simulated have the hits of exact ones within 0.001). So a use of a payload in the sample costs
-O(1), some 20 CPU-µs, and of another a comparison. Ghosts know of no pins and no budgets. Pure: no clock, no I/O; the draws are the same each time.
+caches so simulated have the hit ratio of exact ones within 0.002). So a use of a payload in the sample
+costs O(1), some 20 CPU-µs, and of another a comparison. Ghosts know of no pins and no budgets.
+
+Pure: no clock, no I/O; the draws are the same each time.
 """
 
 import random
