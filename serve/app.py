@@ -25,6 +25,7 @@ from memcube.ids import TenantId
 from memcube.lifecycle import READABLE
 from memcube.reader.messages import Header as CubeHeader
 from serve import kv_metrics, models, openapi, problems, requests, views
+from serve.adapters import adapters
 from serve.backend import Backend
 from serve.chat import openai as openai_routes
 from serve.dependencies import Admin, Here, Reader, Writer, guarded
@@ -65,7 +66,7 @@ def create_app(open_backend: OpenBackend, limits: Limits) -> FastAPI:
     app.state.limits = limits
     problems.install(app)
     openapi.install(app)
-    for router in (memories, cubes, openai_routes, keys, state, system):
+    for router in (memories, cubes, openai_routes, adapters, keys, state, system):
         app.include_router(router)
     app.add_middleware(problems.BodyLimit, limit=limits.body_bytes)
     app.add_middleware(problems.Named)

@@ -21,6 +21,7 @@ from memcube.embedding.contract import Embedder
 from memcube.errors import MemCubeError
 from memcube.ids import CubeId, TenantId
 from memcube.indexing import Clock, Indexer
+from memcube.objects import ObjectStore
 from memcube.reader import LlmReader, Reader
 from memcube.service import MemoryService
 
@@ -46,6 +47,9 @@ class Backend:
     tier: ActivationTier | None = None
     kv_stats: KvMoments | None = None
     """What each engine says of itself; None for one that doesn't answer in time."""
+
+    open_objects: Callable[[], Awaitable[ObjectStore]] | None = None
+    """A new connection to the object store, for its caller to close."""
 
     chat_model: str | None = None
     started_at: int = 0
@@ -105,6 +109,7 @@ async def open_backend(config: Config) -> Backend:
 
     from actors.embedder import RemoteEmbedder
     from actors.kv_cache import RemoteChatModel
+    from actors.kv_store import open_objects
     from actors.qdrant import RemoteShard
     from actors.system import ensure_system
 
@@ -185,6 +190,7 @@ async def open_backend(config: Config) -> Backend:
         if router is not None
         else None,
         kv_stats=moments_of(engines) if engines else None,
+        open_objects=lambda: open_objects(config),
         chat_model=about.name if about is not None else None,
         started_at=int(_now().timestamp()),
     )

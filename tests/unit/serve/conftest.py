@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import httpx
 import pytest
+import torch
 from fastapi import FastAPI
 
 from memcube.activation.contract import Mode
@@ -15,6 +16,11 @@ from memcube.chat.migration import ActivationTier
 from memcube.chat.router import Router
 from memcube.chat.service import ChatService
 from memcube.config import Limits
+from memcube.cube import Scope
+from memcube.ids import CubeId, digest
+from memcube.objects.folder import FolderStore
+from memcube.parametric.registry import AdapterFiles, AdapterRegistry, Provenance
+from memcube.parametric.weights import AdapterWeights, LoraPair
 from memcube.testing.local import LocalSystem
 from serve.app import create_app
 from serve.backend import Backend, moments_of
@@ -99,6 +105,28 @@ class Api:
         body = {"text": text, "user_id": "ann", **more}
         return (await self.ok("POST", "/v1/memories", body, **rest))["results"][0]["id"]
 
+    async def adapter(self, *, key: str = "") -> str:
+        """The id of a new adapter that holds a new memory, with two versions, the second serving."""
+        now, catalog = self.system.clock(), self.system.catalog
+        who = catalog.access.authenticate(key or self.key, now=now)
+        name = digest("adapter", *[v.sha256 for v in catalog.adapters.versions(who.tenant)])[:32]
+        cube = await self.add(f"held by {name}", user_id="ann", key=key or self.key)
+        registry = AdapterRegistry(AdapterFiles(_objects_of(self.system)), catalog.adapters)
+        record = None
+        for value in (1.0, 2.0):
+            pair = LoraPair(torch.full((2, 3), value), torch.zeros(3, 2))
+            record = await registry.publish(
+                Scope(tenant=who.tenant, user_id="ann"),
+                name,
+                AdapterWeights(base="f" * 64, rank=2, alpha=2.0, pairs={"q_proj": pair}),
+                cubes={CubeId(cube): 1},
+                provenance=Provenance(recipe={}, seed=0, data_sha256="0" * 64),
+                now=now,
+            )
+            await registry.activate(who.tenant, record.line.id, record.version, now=now)
+        assert record is not None
+        return record.line.id
+
     async def texts(self, query: str, *, key: str = "", **body: Any) -> list[str]:
         """Texts of a sparse search's hits, best first."""
         asked = {"query": query, "mode": "sparse", **body}
@@ -111,11 +139,18 @@ class Api:
         return (await self.ok("GET", f"/v1/memories?limit={limit}", key=key))["results"]
 
 
+def _objects_of(system: LocalSystem) -> FolderStore:
+    return FolderStore.open(Path(system.catalog._database.url.database or "").parent / "objects")
+
+
 async def _nothing() -> None:
     return None
 
 
 def _backend_of(system: LocalSystem) -> Backend:
+    async def open_objects() -> FolderStore:
+        return _objects_of(system)
+
     router = Router(len(system.engines))
     return Backend(
         service=system.service,
@@ -128,6 +163,7 @@ def _backend_of(system: LocalSystem) -> Backend:
         chat=ChatService(system.service, system.engines, system.config.chat, router),
         kv_stats=moments_of(system.engines),
         tier=ActivationTier(system.service, system.engines, router, mode=Mode.EXACT),
+        open_objects=open_objects,
         chat_model=system.config.model.name,
     )
 

@@ -59,6 +59,9 @@ MATRIX = {
     ),
     ("GET", "/v1/models"): Row(READER),
     ("GET", "/v1/models/{name}"): Row(READER),
+    ("GET", "/v1/adapters"): Row(READER),
+    ("POST", "/v1/adapters/{id}/activate"): Row(WRITER, {"version": 1}),
+    ("POST", "/v1/adapters/{id}/rollback"): Row(WRITER),
     ("POST", "/v1/embeddings"): Row(READER, {"model": "all-MiniLM-L6-v2", "input": "tea"}),
     ("POST", "/v1/keys"): Row(ADMIN, {"name": "matrix", "role": "reader"}),
     ("GET", "/v1/keys"): Row(ADMIN),
@@ -204,6 +207,8 @@ async def test_each_role_may_do_what_its_row_says(api, secrets, route, role):
     if "/keys/" in route[1]:
         made = {"name": "doomed", "role": "reader"}
         id = (await api.ok("POST", "/v1/keys", made, key=secrets["admin"]))["id"]
+    if "/adapters/" in route[1]:
+        id = await api.adapter(key=secrets["writer"])
     if route[1].endswith("/restore"):
         await api.ok("POST", f"/v1/cubes/{id}/archive", key=secrets["writer"])
     if route == ("PUT", "/v1/cubes/{id}/members"):
@@ -255,11 +260,13 @@ async def test_a_foreign_id_and_an_unknown_one_can_not_be_told_apart(api, secret
     if "/keys/" in route[1]:
         made = {"name": "theirs", "role": "reader"}
         foreign = (await api.ok("POST", "/v1/keys", made, key=other))["id"]
+    elif "/adapters/" in route[1]:
+        foreign = await api.adapter(key=other)
     elif kind == "composite":
         foreign = (await api.ok("POST", "/v1/cubes", {"title": "theirs"}, key=other))["id"]
     else:
         foreign = await api.add(f"theirs, {name_of(route)}", key=other, ttl_s=50)
-    if kind == "deleted" and "/keys/" not in route[1]:
+    if kind == "deleted" and "/keys/" not in route[1] and "/adapters/" not in route[1]:
         await api.ok("DELETE", f"/v1/memories/{foreign}", key=other)
     if kind == "expired":
         api.system.clock.advance(60)
