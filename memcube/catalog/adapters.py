@@ -27,6 +27,7 @@ _CHUNK = 500
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}", re.ASCII)
 _lines, _versions, _held = schema.adapters, schema.adapter_versions, schema.adapter_cubes
 _cubes, _texts = schema.cubes, schema.versions
+_HOLDS = sa.and_(_held.c.adapter == _versions.c.adapter, _held.c.version == _versions.c.version)
 
 
 class AdapterState(StrEnum):
@@ -273,7 +274,7 @@ class AdapterBook:
         """The versions of adapters that have a cube inside."""
         query = (
             sa.select(_held, _versions.c.state)
-            .join(_versions, _of_version(_held))
+            .join(_versions, _HOLDS)
             .join(_lines, _lines.c.id == _held.c.adapter)
             .where(_lines.c.tenant == tenant, _held.c.cube == cube)
             .order_by(_held.c.adapter, _held.c.version)
@@ -315,28 +316,25 @@ class AdapterBook:
         # An expiry takes effect at its time, not when it is noted.
         expired = (
             sa.exists()
-            .where(_of_version(_held), _cubes.c.id == _held.c.cube)
+            .where(_HOLDS, _cubes.c.id == _held.c.cube)
             .where(sa.or_(~_cubes.c.searchable, _cubes.c.expires_at <= micros(now)))
         )
         query = _records(tenant).where(
             which, _versions.c.state == AdapterState.SERVING, _versions.c.base == base, ~expired
         )
-        with self._database.reading() as connection:
-            return [_record(row) for row in connection.execute(query).mappings()]
+        return [_record(row._mapping) for row in self._database.rows(query, {})]
 
 
 def retire_holders(connection: sa.Connection, ids: Sequence[str], now: datetime) -> None:
     """Retire as stale all versions that hold one of at most some hundred cubes, or a composite that
     holds one; for the transaction that changes the cubes."""
-    holds = sa.exists().where(_of_version(_held), _held.c.cube.in_(and_above(ids)))
+    # By the held cubes' index: this is in every change of a cube.
+    held = sa.select(_held.c.adapter, _held.c.version).where(_held.c.cube.in_(and_above(ids)))
+    holds = sa.tuple_(_versions.c.adapter, _versions.c.version).in_(held)
     _retire(connection, holds, _Why.STALE, now)
 
 
 # -- inside a transaction
-
-
-def _of_version(held: sa.Table) -> sa.ColumnElement[bool]:
-    return sa.and_(held.c.adapter == _versions.c.adapter, held.c.version == _versions.c.version)
 
 
 def _serving_of(id: str) -> sa.ColumnElement[bool]:
@@ -398,7 +396,7 @@ def _moved_on(
                 _cubes.c.tenant == tenant,
                 _cubes.c.id.in_(ids[start : start + _CHUNK]),
                 _cubes.c.searchable,
-                sa.or_(_cubes.c.expires_at.is_(None), _cubes.c.expires_at > micros(now)),
+                schema.unexpired(now),
                 _cubes.c.text == _texts.c.text,
             )
             .order_by(_cubes.c.id)

@@ -911,7 +911,7 @@ def _alive(tenant: TenantId, now: datetime) -> list[sa.ColumnElement[bool]]:
     return [
         _cubes.c.tenant == tenant,
         _cubes.c.state.in_(_READABLE),
-        sa.or_(_cubes.c.expires_at.is_(None), _cubes.c.expires_at > micros(now)),
+        schema.unexpired(now),
     ]
 
 

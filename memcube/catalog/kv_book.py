@@ -62,7 +62,7 @@ class KvBook:
                         _cubes.c.tenant == tenant,
                         _cubes.c.id.in_(ids[start : start + _CHUNK]),
                         _cubes.c.searchable,
-                        sa.or_(_cubes.c.expires_at.is_(None), _cubes.c.expires_at > micros(now)),
+                        schema.unexpired(now),
                     )
                     .order_by(_cubes.c.id)
                     .with_for_update(read=True)

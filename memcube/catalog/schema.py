@@ -234,6 +234,11 @@ def micros(time: datetime) -> int:
     return (time - _EPOCH) // _MICROSECOND
 
 
+def unexpired(now: datetime) -> sa.ColumnElement[bool]:
+    """The condition on a cube that its time has not come."""
+    return sa.or_(cubes.c.expires_at.is_(None), cubes.c.expires_at > micros(now))
+
+
 def moment(value: int) -> datetime:
     """The time of a stored integer, in UTC."""
     return _EPOCH + timedelta(microseconds=value)
