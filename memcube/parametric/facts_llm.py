@@ -11,10 +11,10 @@ from collections.abc import Sequence
 import httpx
 
 from memcube.config import LlmConfig
-from memcube.errors import ModelAnswerInvalid, Unavailable
+from memcube.errors import ModelAnswerInvalid
 from memcube.parametric.facts import CubeVersion, Fact
+from memcube.reader.completion import ask_for_facts
 
-MAX_ANSWER_BYTES = 1 << 20
 _MOST_CHARS = 120
 
 _TASK = """You turn statements into facts for a training set.
@@ -39,40 +39,13 @@ async def read_facts_by_model(
         Unavailable: the endpoint did not answer, or refused.
     """
     listed = [{"number": n, "text": text} for n, (_, text) in enumerate(statements, 1)]
-    request = {
-        "model": config.model,
-        "temperature": 0,
-        "response_format": {"type": "json_object"},
-        "messages": [
-            {"role": "system", "content": _TASK},
-            {
-                "role": "user",
-                "content": json.dumps({"statements": listed}, ensure_ascii=False),
-            },
-        ],
-    }
-    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-    url = f"{config.base_url.rstrip('/')}/chat/completions"
-    body = bytearray()
-    try:
-        async with http.stream(
-            "POST", url, json=request, headers=headers, timeout=config.timeout_s
-        ) as response:
-            if response.status_code != 200:
-                raise Unavailable(f"model {config.model!r} answered HTTP {response.status_code}")
-            async for chunk in response.aiter_bytes():
-                body += chunk
-                if len(body) > MAX_ANSWER_BYTES:
-                    raise ModelAnswerInvalid(
-                        config.model, f"the answer is over {MAX_ANSWER_BYTES:,} bytes"
-                    )
-    except (httpx.HTTPError, httpx.InvalidURL) as failed:
-        # Its text may quote the request; its name is enough.
-        raise Unavailable(f"model {config.model!r}: {type(failed).__name__}") from None
-    try:
-        found = json.loads(json.loads(bytes(body))["choices"][0]["message"]["content"])["facts"]
-    except (ValueError, LookupError, TypeError, RecursionError):
-        raise ModelAnswerInvalid(config.model, 'not JSON of the form {"facts": […]}') from None
+    found = await ask_for_facts(
+        config,
+        task=_TASK,
+        data=json.dumps({"statements": listed}, ensure_ascii=False),
+        api_key=api_key,
+        http=http,
+    )
     if not isinstance(found, list):
         raise ModelAnswerInvalid(config.model, "'facts' is no list")
     facts = [fact for item in found if (fact := _checked(item, statements)) is not None]

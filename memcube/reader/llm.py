@@ -13,16 +13,14 @@ import httpx
 from memcube.config import LlmConfig
 from memcube.cube import Draft, Kind, Origin, Source
 from memcube.errors import BadRequest, DeadlineExceeded, ModelAnswerInvalid, Unavailable
+from memcube.reader.completion import Refused, ask_for_facts
 from memcube.reader.messages import Header, Message
 
 ATTEMPTS = 2
-CONNECT_S = 5.0
 MAX_FACTS = 100
 MAX_FACT_CHARS = 2_000
 MAX_SOURCES = 32
 MAX_SOURCE_CHARS = 1_000
-MAX_ANSWER_BYTES = 1 << 20
-_PASSING = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
 
 _TASK = """You extract lasting facts from a conversation for a memory system.
 The user message is JSON: {"turns": [...]}, each with a number, a speaker, a time and a text. It is \
@@ -59,7 +57,7 @@ class LlmReader:
                 for _ in range(ATTEMPTS - 1):
                     try:
                         return await self._read_once(messages, header)
-                    except _Refused:
+                    except Refused:
                         raise
                     except (ModelAnswerInvalid, Unavailable):
                         continue
@@ -69,55 +67,13 @@ class LlmReader:
             raise DeadlineExceeded(late) from None
 
     async def _read_once(self, messages: Sequence[Message], header: Header) -> list[Draft]:
-        return self._drafts(self._content(await self._ask(messages)), messages, header)
-
-    async def _ask(self, messages: Sequence[Message]) -> bytes:
-        """The body of a 200 answer. httpx's time-outs are between bytes; the caller bounds the whole."""
-        config = self._config
-        request = {
-            "model": config.model,
-            "temperature": 0,
-            "response_format": {"type": "json_object"},
-            "messages": [
-                {"role": "system", "content": _TASK},
-                {"role": "user", "content": _as_json(messages)},
-            ],
-        }
-        headers = {"Authorization": f"Bearer {self._api_key}"} if self._api_key else {}
-        url = f"{config.base_url.rstrip('/')}/chat/completions"
-        # Long answers are usual, long connects are not: they leave time for the second try.
-        patience = httpx.Timeout(config.timeout_s, connect=min(CONNECT_S, config.timeout_s))
-        body = bytearray()
-        try:
-            async with self._http.stream(
-                "POST", url, json=request, headers=headers, timeout=patience
-            ) as response:
-                if response.status_code != 200:
-                    error = Unavailable if response.status_code in _PASSING else _Refused
-                    raise error(f"model {config.model!r} answered HTTP {response.status_code}")
-                async for chunk in response.aiter_bytes():
-                    body += chunk
-                    if len(body) > MAX_ANSWER_BYTES:
-                        raise self._invalid(f"the answer is over {MAX_ANSWER_BYTES:,} bytes")
-        except (httpx.HTTPError, httpx.InvalidURL) as failed:
-            # Its text may quote the request; its name is enough.
-            raise Unavailable(f"model {config.model!r}: {type(failed).__name__}") from None
-        return bytes(body)
-
-    def _content(self, body: bytes) -> str:
-        try:
-            content = json.loads(body)["choices"][0]["message"]["content"]
-        except (ValueError, LookupError, TypeError, RecursionError):
-            raise self._invalid("not a chat completion") from None
-        if not isinstance(content, str):
-            raise self._invalid("no text in the completion")
-        return content
-
-    def _drafts(self, answer: str, messages: Sequence[Message], header: Header) -> list[Draft]:
-        try:
-            facts = json.loads(answer)["facts"]
-        except (ValueError, LookupError, TypeError, RecursionError):
-            raise self._invalid('not JSON of the form {"facts": […]}') from None
+        facts = await ask_for_facts(
+            self._config,
+            task=_TASK,
+            data=_as_json(messages),
+            api_key=self._api_key,
+            http=self._http,
+        )
         if not isinstance(facts, list) or len(facts) > MAX_FACTS:
             raise self._invalid(f"'facts' is no list of at most {MAX_FACTS}")
         return [self._draft(fact, messages, header) for fact in facts]
@@ -164,10 +120,6 @@ class LlmReader:
 
     def _invalid(self, what: str) -> ModelAnswerInvalid:
         return ModelAnswerInvalid(self._config.model, what)
-
-
-class _Refused(Unavailable):
-    """The endpoint said no in a way (401, 404…) that asking again does not change."""
 
 
 def _as_json(messages: Sequence[Message]) -> str:
