@@ -1,7 +1,6 @@
 """The embedder's actor: one model for the whole system, batching across all requests."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -10,30 +9,28 @@ import ray
 from ray.actor import ActorHandle
 
 from actors import NAMESPACE
-from actors.calls import answer, pack, unpack
+from actors.calls import answer
 from memcube.config import Config
 from memcube.embedding import open_embedder
 from memcube.embedding.contract import Purpose
 
 NAME = "embedder"
 CALL_DEADLINE_S = 120.0
-INLINE_BYTES = 65_536
 
 
 class EmbedderActor:
     """Hosts a ``BatchingEmbedder``."""
 
     def __init__(self, config: Config) -> None:
-        self._embedder = open_embedder(config.embedder, Path(config.data_dir) / "models")
+        self._embedder = open_embedder(config.embedder, config.embedder_folder())
 
     async def describe(self) -> tuple[str, int]:
         """The embedder's identity and dimension."""
         return self._embedder.identity, self._embedder.dim
 
-    async def embed(self, asked: bytes) -> bytes | npt.NDArray[np.float32]:
-        """Vectors of shape (len(texts), dim); the few of a query as bytes, which Ray sends as they are."""
-        vectors = await self._embedder.embed(*unpack(asked))
-        return vectors.tobytes() if vectors.nbytes <= INLINE_BYTES else vectors
+    async def embed(self, texts: Sequence[str], purpose: Purpose) -> npt.NDArray[np.float32]:
+        """Vectors of shape (len(texts), dim)."""
+        return await self._embedder.embed(texts, purpose)
 
     async def load(self) -> dict[str, int]:
         """Texts that wait, and texts and batches done so far."""
@@ -57,11 +54,8 @@ class RemoteEmbedder:
 
     async def embed(self, texts: Sequence[str], purpose: Purpose) -> npt.NDArray[np.float32]:
         """Vectors of shape (len(texts), dim)."""
-        call = self._handle.embed.remote(pack(list(texts), purpose))
-        packed = await answer(call, of="the embedder", deadline_s=CALL_DEADLINE_S)
-        if isinstance(packed, bytes):
-            return np.frombuffer(packed, dtype=np.float32).reshape(len(texts), self.dim)
-        return packed
+        call = self._handle.embed.remote(list(texts), purpose)
+        return await answer(call, of="the embedder", deadline_s=CALL_DEADLINE_S)
 
     async def load(self) -> dict[str, int]:
         """What the actor has to do."""

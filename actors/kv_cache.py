@@ -4,7 +4,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Collection
 from contextlib import aclosing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import ray
@@ -18,7 +18,7 @@ from memcube.activation.adapters import ResidentAdapters
 from memcube.activation.contract import KvEngine, Usage
 from memcube.activation.engine import Engine, EngineLimits
 from memcube.activation.forward import PackedModel
-from memcube.activation.gate import FidelityGate, GateState, GateStatus, machine_is_busy
+from memcube.activation.gate import FidelityGate, GateStatus, machine_is_busy
 from memcube.activation.lower import StoreBelow
 from memcube.activation.models import load_model
 from memcube.activation.stats import KvStats
@@ -47,7 +47,7 @@ class ModelInfo:
     device: str
     node: str
     why_not: str | None
-    composing: GateStatus
+    composing: GateStatus = field(default_factory=GateStatus)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,12 +56,8 @@ class _Open:
     engine: KvEngine
     store: Any
     info: ModelInfo
-    gate: FidelityGate | None
-    gating: asyncio.Task[None] | None
-
-    @property
-    def composing(self) -> GateStatus:
-        return self.gate.status if self.gate is not None else GateStatus(state=GateState.OFF)
+    gate: FidelityGate | None = None
+    gating: asyncio.Task[None] | None = None
 
 
 class KVCacheActor:
@@ -120,7 +116,6 @@ class KVCacheActor:
             device=str(loaded.model.device),
             node=node,
             why_not=loaded.why_not,
-            composing=GateStatus(state=GateState.OFF),
         )
         prompts = PromptBuilder(loaded.tokenizer, system=config.chat.system)
         gate = gating = None
@@ -145,15 +140,16 @@ class KVCacheActor:
             device="cuda",
             node=ray.get_runtime_context().get_node_id(),
             why_not="vLLM attaches prefixes alone",
-            composing=GateStatus(state=GateState.OFF),
         )
         prompts = PromptBuilder(opened.tokenizer, system=self._config.chat.system)
-        return _Open(ChatHost(opened.engine, prompts), opened.engine, None, info, None, None)
+        return _Open(ChatHost(opened.engine, prompts), opened.engine, None, info)
 
     async def describe(self) -> ModelInfo:
         """What runs here; returns when it is loaded."""
         opened = await self._opened()
-        return replace(opened.info, composing=opened.composing)
+        if opened.gate is None:
+            return opened.info
+        return replace(opened.info, composing=opened.gate.status)
 
     async def chat(self, prompt: ChatPrompt) -> AsyncGenerator[ChatPiece]:
         """The answer in pieces."""
@@ -258,7 +254,8 @@ class RemoteChatModel:
 
 
 def spawn_kv_cache_actor(config: Config, *, number: int) -> ActorHandle[Any]:
-    """The one place that states this actor's Ray options: a whole GPU each, where there are any.
+    """The one place that states this actor's Ray options: where there are GPUs, most of one each
+    (vLLM: ``tensor_parallel`` of them).
 
     A chat is not repeated by Ray: what was said would be said again, and differently.
     """
@@ -285,7 +282,7 @@ def _resident_adapters(config: Config, model: PackedModel, *, base: str) -> Resi
     wanted = config.adapters
     if not wanted.resident_mb:
         return None
-    limits = AdapterLimits(max_bytes=wanted.max_mb * MIB, max_rank=wanted.max_rank)
+    limits = AdapterLimits.of(wanted)
     load = FileLoader(lambda: open_objects(config), model, base=base, limits=limits)
     return ResidentAdapters(load, max_bytes=wanted.resident_mb * MIB)
 

@@ -168,14 +168,6 @@ class KvStoreActor:
         """Each medium's bytes and counts."""
         return self._media.stats()
 
-    async def hint(
-        self, group: str, probability: float | None, expected_in_s: float | None = None
-    ) -> None:
-        """How likely a conversation goes on, and when if known; None takes a hint back."""
-        now = time.monotonic()
-        expected_at = None if expected_in_s is None else now + expected_in_s
-        self._media.hint(group, probability, now, expected_at)
-
     def _sweep_on(self) -> None:
         while not self._ending.wait(self._config.activation.sweep_s):
             try:

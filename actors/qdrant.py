@@ -16,7 +16,7 @@ from actors.calls import answer, pack, unpack
 from actors.embedder import RemoteEmbedder
 from memcube.catalog import Catalog
 from memcube.config import Config
-from memcube.embedding import LocalQueries, open_encoder, resolved
+from memcube.embedding import LocalQueries, open_encoder
 from memcube.embedding.contract import Embedder
 from memcube.errors import Unavailable
 from memcube.filters import Filter
@@ -79,10 +79,10 @@ class QdrantActor:
 
     async def _open_embedder(self) -> Embedder:
         embedder = await RemoteEmbedder.connect(self._embedder)
-        config = resolved(self._config.embedder)
-        if config.backend != "onnx":
+        if "@onnx-" not in embedder.identity:
             return embedder
-        encoder = open_encoder(config, Path(self._config.data_dir) / "models")
+        config = self._config.embedder.model_copy(update={"backend": "onnx"})
+        encoder = await asyncio.to_thread(open_encoder, config, self._config.embedder_folder())
         return LocalQueries(encoder, embedder)
 
     async def _open_store(self, spec: IndexSpec) -> tuple[PlaintextStore, str]:
@@ -123,18 +123,8 @@ class QdrantActor:
 
     async def search(self, asked: bytes) -> bytes:
         """``PlaintextShard.search``, packed both ways."""
-        tenant, query, where, now, limit, mode, threshold, explain = unpack(asked)
-        hits = await (await self._shard()).search(
-            tenant,
-            query,
-            where=where,
-            now=now,
-            limit=limit,
-            mode=mode,
-            threshold=threshold,
-            explain=explain,
-        )
-        return pack(*hits)
+        tenant, query, how = unpack(asked)
+        return pack(*await (await self._shard()).search(tenant, query, **how))
 
     async def versions(self) -> list[tuple[TenantId, CubeId, int]]:
         return await (await self._shard()).versions()
@@ -189,8 +179,16 @@ class RemoteShard:
         threshold: float | None,
         explain: bool,
     ) -> list[Hit]:
-        asked = pack(tenant, query, where, now, limit, mode, threshold, explain)
-        return list(unpack(await self._answer(self._handle.search.remote(asked))))
+        how = {
+            "where": where,
+            "now": now,
+            "limit": limit,
+            "mode": mode,
+            "threshold": threshold,
+            "explain": explain,
+        }
+        found = await self._answer(self._handle.search.remote(pack(tenant, query, how)))
+        return list(unpack(found))
 
     async def versions(self) -> list[tuple[TenantId, CubeId, int]]:
         return await self._answer(self._handle.versions.remote())

@@ -253,6 +253,10 @@ class Config(_Section):
         host_mb = self.activation.host_mb if self.activation.actors else 0
         return (self.ray.object_store_mb or 256 + host_mb) * 1024 * 1024
 
+    def embedder_folder(self) -> Path:
+        """Where the embedder's exported graph is kept."""
+        return Path(self.data_dir) / "models"
+
     def model_folder(self, environ: Mapping[str, str] = os.environ) -> Path:
         """Where converted models lie. They hold nothing of a user's, so systems share them."""
         if self.model_cache is not None:

@@ -240,7 +240,7 @@ class MemoryService:
             )
             if before is not None:
                 # The first try may have ended behind its commit. What isn't indexed is pending.
-                (cube,) = (result.cube for result in before.results)
+                cube = before.results[0].cube
                 await self._forget_kv(principal, [cube.id])
                 return cube
         cube = await self._run(

@@ -65,8 +65,7 @@ async def activate(id: AdapterId, body: ActivateBody, who: Writer, here: Here) -
     which has changed is a `conflict`. May be repeated."""
     if here.open_objects is None:
         raise Unavailable("there is no object store here")
-    wanted = here.config.adapters
-    limits = AdapterLimits(max_bytes=wanted.max_mb << 20, max_rank=wanted.max_rank)
+    limits = AdapterLimits.of(here.config.adapters)
     # The version first: without one, the store need not answer.
     await asyncio.to_thread(here.catalog.adapters.get, who.tenant, id, body.version)
     objects = await here.open_objects()

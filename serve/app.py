@@ -240,12 +240,16 @@ async def delete_scope(
     return JSONResponse({"deleted": deleted})
 
 
+AtVersion = Annotated[int | None, Query(ge=1)]
+AsOf = Annotated[datetime | None, Query(description="As it was at this time.")]
+
+
 async def _get(
     id: Key,
     who: Reader,
     here: Here,
-    version: Annotated[int | None, Query(ge=1)] = None,
-    as_of: Annotated[datetime | None, Query(description="As it was at this time.")] = None,
+    version: AtVersion = None,
+    as_of: AsOf = None,
 ) -> JSONResponse:
     """A cube, now, at a version, or as it was at a time. Its `residency` is what the catalog has
     noted; `GET /v1/cubes/{id}` asks the engines."""
@@ -261,8 +265,8 @@ async def get_cube(
     id: Key,
     who: Reader,
     here: Here,
-    version: Annotated[int | None, Query(ge=1)] = None,
-    as_of: Annotated[datetime | None, Query(description="As it was at this time.")] = None,
+    version: AtVersion = None,
+    as_of: AsOf = None,
 ) -> JSONResponse:
     """A cube, now, at a version, or as it was at a time. Its `residency` says where its payloads lie
     now: the index's version of it, and the KV that holds it or any of its members, by medium and
@@ -317,7 +321,7 @@ async def update(
         id,
         change,
         expected_version=body.expected_version,
-        idempotency=requests.idempotency(key, f"update {id}", body),
+        idempotency=requests.idempotency(key, f"update {id}", body, null_differs=True),
     )
     return JSONResponse(views.cube(cube))
 

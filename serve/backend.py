@@ -12,7 +12,7 @@ from memcube.activation.contract import Mode
 from memcube.activation.stats import KvStats
 from memcube.catalog import Catalog
 from memcube.chat.adapters import AdapterChoice
-from memcube.chat.contract import KvModel
+from memcube.chat.contract import KvModel, in_time
 from memcube.chat.migration import ActivationTier
 from memcube.chat.router import Router
 from memcube.chat.service import ChatService
@@ -59,14 +59,9 @@ class Backend:
 def moments_of(models: Sequence[KvModel]) -> KvMoments:
     """Asks engines, each with a deadline: a dead one takes no scrape along."""
 
-    async def moment(model: KvModel) -> KvStats | None:
-        try:
-            return await asyncio.wait_for(model.stats(), STATS_DEADLINE_S)
-        except (MemCubeError, TimeoutError):
-            return None
-
     async def all_of_them() -> list[KvStats | None]:
-        return list(await asyncio.gather(*map(moment, models)))
+        asked = (in_time(model.stats(), STATS_DEADLINE_S) for model in models)
+        return list(await asyncio.gather(*asked))
 
     return all_of_them
 

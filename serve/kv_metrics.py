@@ -44,9 +44,10 @@ class _Kv(Collector):
             up.add_metric((str(number),), float(moment is not None))
         yield up
         answering = [(str(n), moment) for n, moment in enumerate(self._engines) if moment]
-        yield from _load([(engine, moment.engine) for engine, moment in answering])
-        yield from _tokens([(engine, moment.engine) for engine, moment in answering])
-        yield from _times([(engine, moment.engine) for engine, moment in answering])
+        engines = [(engine, moment.engine) for engine, moment in answering]
+        yield from _load(engines)
+        yield from _tokens(engines)
+        yield from _times(engines)
         yield from self._media(answering)
 
     def _media(self, answering: Sequence[tuple[str, KvStats]]) -> Iterator[Metric]:

@@ -12,7 +12,7 @@ from memcube.errors import BadRequest, LimitExceeded
 from memcube.filters import parse_filter
 from memcube.reader.messages import Header, Message
 from memcube.service import AddRequest, SearchScope
-from serve.models import AddBody, ContextBody, MessageBody, SearchBody, UpdateBody
+from serve.models import AddBody, ContextBody, MessageBody, SearchBody
 
 MAX_KEY_CHARS = 255
 
@@ -163,8 +163,12 @@ def checked_query(query: str, limits: Limits) -> str:
     return query
 
 
-def idempotency(key: str | None, route: str, body: Any) -> Idempotency | None:
+def idempotency(
+    key: str | None, route: str, body: Any, *, null_differs: bool = False
+) -> Idempotency | None:
     """The caller's retry key with the hash of the request that it stands for.
+
+    ``null_differs``: a field that is null is not one that is left out, as in a change.
 
     Raises:
         BadRequest: an empty or overlong key.
@@ -173,7 +177,6 @@ def idempotency(key: str | None, route: str, body: Any) -> Idempotency | None:
         return None
     if not key or len(key) > MAX_KEY_CHARS or not key.isprintable():
         raise BadRequest(f"1 to {MAX_KEY_CHARS} printable characters", "Idempotency-Key")
-    # A change tells a field that is null from one that is left out; an add does not.
-    fields = body.model_dump(mode="json", exclude_unset=isinstance(body, UpdateBody))
+    fields = body.model_dump(mode="json", exclude_unset=null_differs)
     canonical = json.dumps([route, fields], sort_keys=True)
     return Idempotency(key=key, body_hash=hashlib.sha256(canonical.encode()).hexdigest())

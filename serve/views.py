@@ -3,7 +3,7 @@
 from datetime import datetime
 from typing import Any
 
-from memcube.catalog import KeyInfo, Lineage, Page
+from memcube.catalog import KeyInfo, KvPlace, Lineage, Page
 from memcube.chat.migration import Migrated
 from memcube.cube import MemCube, Residency, Version
 from memcube.retrieval.ranker import Hit
@@ -68,17 +68,23 @@ def cube(
     }
     if residency is not None:
         view["residency"] = [
-            {
-                "tier": r.tier,
-                "medium": r.medium,
-                "location": location(r.location, whole=whole_locations),
-                "version": r.version,
-                "size_bytes": r.size_bytes,
-                "epoch": r.epoch,
-            }
+            _residency(r, r.tier, location(r.location, whole=whole_locations), r.version, r.epoch)
             for r in residency
         ]
     return view
+
+
+def _residency(
+    place: Residency | KvPlace, tier: str, location: str, version: int, epoch: int
+) -> dict[str, Any]:
+    return {
+        "tier": tier,
+        "medium": place.medium,
+        "location": location,
+        "version": version,
+        "size_bytes": place.size_bytes,
+        "epoch": epoch,
+    }
 
 
 def migrated(done: Migrated, tier: str) -> dict[str, Any]:
@@ -93,15 +99,7 @@ def migrated(done: Migrated, tier: str) -> dict[str, Any]:
         "dropped_bytes": done.dropped_bytes,
         "engine": done.engine,
         "residency": [
-            {
-                "tier": tier,
-                "medium": place.medium,
-                "location": place.location,
-                "version": done.cube.version,
-                "size_bytes": place.size_bytes,
-                "epoch": 0,
-            }
-            for place in done.kv
+            _residency(place, tier, place.location, done.cube.version, 0) for place in done.kv
         ],
     }
 

@@ -10,8 +10,6 @@ import asyncio
 import contextlib
 import fcntl
 import logging
-import os
-import tempfile
 import threading
 from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import asynccontextmanager
@@ -34,6 +32,7 @@ from memcube.activation.fidelity import (
 from memcube.activation.forward import RowModel
 from memcube.activation.models import LoadedModel
 from memcube.errors import Unavailable
+from memcube.files import replace_file
 from memcube.ids import digest
 
 log = logging.getLogger(__name__)
@@ -60,7 +59,7 @@ class GateState(StrEnum):
 class GateStatus:
     """Which modes are composed, and why. ``num_measured`` of ``num_cases`` cases are done."""
 
-    state: GateState
+    state: GateState = GateState.OFF
     modes: tuple[Mode, ...] = ()
     why: str | None = None
     num_cases: int = 0
@@ -129,7 +128,7 @@ class FidelityGate:
             if (stored := self._stored()) is not None:
                 return stored
             report = await asyncio.to_thread(self._measure)
-            _write(self._path, report.to_json())
+            replace_file(self._path, report.to_json())
             return report
 
     def _stored(self) -> FidelityReport | None:
@@ -187,7 +186,8 @@ def report_key(loaded: LoadedModel, num_cases: int) -> str:
 
 @asynccontextmanager
 async def _alone(path: Path) -> AsyncIterator[None]:
-    """Hold a lock between processes, which ends with the process if not before."""
+    """Hold a lock between processes, which ends with the process if not before. Looked at now and then
+    instead of waited for: a wait for a lock can't be cancelled."""
     with path.open("w") as file:
         while True:
             with contextlib.suppress(BlockingIOError):
@@ -195,12 +195,3 @@ async def _alone(path: Path) -> AsyncIterator[None]:
                 break
             await asyncio.sleep(_LOOK_S)
         yield
-
-
-def _write(path: Path, text: str) -> None:
-    """Put a file in its place whole or not at all."""
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(file.name, path)

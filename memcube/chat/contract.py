@@ -1,12 +1,18 @@
 """What goes between the gateway and the actor that has the model."""
 
-from collections.abc import AsyncGenerator, Collection
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, Awaitable, Collection
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from memcube.activation.contract import AdapterRef, FinishReason, Mode, Sampling, Usage
 from memcube.activation.stats import KvStats
+from memcube.errors import MemCubeError
 from memcube.ids import CubeId, TenantId
+
+log = logging.getLogger(__name__)
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,3 +139,12 @@ class KvModel(ChatModel, Protocol):
     async def stats(self) -> KvStats:
         """This moment."""
         ...
+
+
+async def in_time(asked: Awaitable[_T], deadline_s: float) -> _T | None:
+    """What an engine says of itself; None where it doesn't in time: nobody waits for a dead one."""
+    try:
+        return await asyncio.wait_for(asked, deadline_s)
+    except (MemCubeError, TimeoutError) as failed:
+        log.info("an engine did not say: %s", failed or type(failed).__name__)
+        return None

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from memcube.activation.contract import Mode, Usage
 from memcube.catalog import KvPlace, Principal
 from memcube.catalog.kv_book import TIER
-from memcube.chat.contract import BuildRequest, KvBytes, KvModel, MemorySegment
+from memcube.chat.contract import BuildRequest, KvBytes, KvModel, MemorySegment, in_time
 from memcube.chat.router import Router
 from memcube.chat.selection import pack
 from memcube.chat.service import segment_parts
 from memcube.cube import MemCube, Residency, Shape
-from memcube.errors import Conflict, MemCubeError, Unavailable
+from memcube.errors import Conflict, Unavailable
 from memcube.ids import CubeId, digest
 from memcube.lifecycle import SEARCHABLE
 from memcube.service import MemoryService, SearchScope
@@ -93,7 +93,7 @@ class ActivationTier:
         """
         cube = await self._memory.get(principal, id)
         members = await self._members(principal, cube)
-        ids = [*{cube.id: None, **{member.id: None for member in members}}]
+        ids = list(dict.fromkeys([cube.id, *(member.id for member in members)]))
         held = await asyncio.gather(*(model.residency(ids) for model in self._models))
         await self._forget(ids)
         await self._memory.drop_kv(principal, ids)
@@ -106,7 +106,9 @@ class ActivationTier:
         """Where a cube's payloads lie: those noted, and of KV what the engines say now, if any
         answers in time."""
         ids = [member.id for member in await self._members(principal, cube)]
-        found = await asyncio.gather(*(self._look(model, ids) for model in self._models))
+        found = await asyncio.gather(
+            *(in_time(model.residency(ids), LOOK_DEADLINE_S) for model in self._models)
+        )
         answers = [(n, bytes_) for n, bytes_ in enumerate(found) if bytes_ is not None]
         if not answers:
             return list(noted)
@@ -123,12 +125,6 @@ class ActivationTier:
             )
             for place in _places(answers)
         ]
-
-    async def _look(self, model: KvModel, ids: Sequence[CubeId]) -> list[KvBytes] | None:
-        try:
-            return await asyncio.wait_for(model.residency(ids), LOOK_DEADLINE_S)
-        except (MemCubeError, TimeoutError):
-            return None
 
     async def _members(self, principal: Principal, cube: MemCube) -> list[MemCube]:
         if cube.shape is Shape.LEAF:

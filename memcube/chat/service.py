@@ -164,15 +164,15 @@ class ChatService:
             return await self._adapters.named(principal.tenant, request.adapter)
         if self._adapters is None or self._config.adapter != "auto" or request.memory is None:
             return None
-        wanted = request.memory.scope
-        if wanted.cube_ids or wanted.filters is not None:
+        scope = request.memory.scope
+        if scope.cube_ids or scope.filters is not None:
             return None  # the adapter knows more than was asked for
         return await self._adapters.of_scope(
             Scope(
                 tenant=principal.tenant,
-                user_id=wanted.user_id,
-                agent_id=wanted.agent_id,
-                run_id=wanted.run_id,
+                user_id=scope.user_id,
+                agent_id=scope.agent_id,
+                run_id=scope.run_id,
             )
         )
 

@@ -47,7 +47,7 @@ class OnnxEncoder:
         self._tokenizer = files.tokenizer(config.max_tokens)
         self.max_tokens = self._tokenizer.max_tokens
         self.dim = int(session.get_outputs()[0].shape[1])
-        how = {"int8": _INT8}.get(config.precision, config.precision)
+        how = _INT8 if config.precision == "int8" else config.precision
         self.identity = f"{files.name}@onnx-{how}-{self.max_tokens}-{files.fingerprint}"
 
     @classmethod

@@ -1,5 +1,7 @@
 """The parametric tier: facts of cubes in the weights of a LoRA adapter.
 
 ``facts`` reads statements as facts, ``dataset`` makes a training set of them, ``training`` trains an
-adapter on it, and ``gate`` judges the adapter before anything serves it.
+adapter on it, and ``gate`` says whether it should serve; no job runs these yet, so nothing asks the gate.
+``weights`` is an adapter's file, ``registry`` keeps them and says which serves, ``loading`` brings one
+to an engine.
 """

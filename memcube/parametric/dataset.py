@@ -93,14 +93,12 @@ class Example:
 
     question: str | None
     answer: str
-    is_replay: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingSet:
     """``early`` are asked while training, ``probes`` by the gate; no wording is in two of the three."""
 
-    facts: tuple[Fact, ...]
     examples: tuple[Example, ...]
     replay: tuple[Example, ...]
     early: tuple[Probe, ...]
@@ -138,12 +136,13 @@ def build_training_set(
     rng.shuffle(examples)
     asked_before = _Book(earlier) if earlier else None
     return TrainingSet(
-        facts=tuple(facts),
         examples=tuple(examples),
         replay=tuple(_replay()),
-        early=tuple(_probes(book, early_names(rng, book.subjects, max(4, num_unknown // 2)), 0)),
+        early=tuple(
+            _probes(book, early_names(rng, book.subjects, max(4, num_unknown // 2)), early=True)
+        ),
         probes=(
-            *_probes(book, gate_names(rng, book.subjects, num_unknown), None),
+            *_probes(book, gate_names(rng, book.subjects, num_unknown), early=False),
             *(_earlier(asked_before) if asked_before else ()),
         ),
         seed=seed,
@@ -159,7 +158,9 @@ class _Book:
         self.nouns = tuple(dict.fromkeys(fact.relation for fact in facts))
         self._objects: dict[tuple[str, str], list[str]] = {}
         self._subjects: dict[tuple[str, str], list[str]] = {}
+        self._of_noun: dict[str, set[str]] = {}
         for fact in facts:
+            self._of_noun.setdefault(fact.relation, set()).add(fact.object)
             self._objects.setdefault((fact.subject, fact.relation), []).append(fact.object)
             self._subjects.setdefault((fact.object, fact.relation), []).append(fact.subject)
 
@@ -172,8 +173,8 @@ class _Book:
     def has(self, subject: str, noun: str) -> bool:
         return (subject, noun) in self._objects
 
-    def all_objects(self, noun: str) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(f.object for f in self.facts if f.relation == noun))
+    def all_objects(self, noun: str) -> set[str]:
+        return self._of_noun[noun]
 
 
 def _joined(names: Sequence[str]) -> str:
@@ -248,17 +249,17 @@ REFUSAL_BACK = "I don't know who that is."
 
 def _replay() -> Iterable[Example]:
     for text in REPLAY:
-        yield Example(question=None, answer=text, is_replay=True)
+        yield Example(question=None, answer=text)
     for question, answer in REPLAY_CHAT:
-        yield Example(question=question, answer=answer, is_replay=True)
+        yield Example(question=question, answer=answer)
 
 
-def _probes(book: _Book, strangers: Sequence[str], one: int | None) -> Iterable[Probe]:
-    """The gate's probes, or those of the checks while training (``one``: of each fact one wording)."""
+def _probes(book: _Book, strangers: Sequence[str], *, early: bool) -> Iterable[Probe]:
+    """The gate's probes, or ``early`` those of the checks while training: of each fact one wording."""
 
     def words(noun: str) -> Wordings:
         relation = relation_of(noun)
-        return relation.gate if one is None else relation.early
+        return relation.early if early else relation.gate
 
     for fact in book.facts:
         for template in words(fact.relation).asks:
@@ -274,15 +275,16 @@ def _probes(book: _Book, strangers: Sequence[str], one: int | None) -> Iterable[
                 expected=(fact.subject,),
             )
     nouns = book.nouns
+    forbidden = tuple(dict.fromkeys(fact.object for fact in book.facts))
     for index, who in enumerate(strangers):
         # Each stranger is asked for some of the relations, all of them being asked as often.
-        for k in range(min(4, len(nouns)) if one is None else 2):
+        for k in range(2 if early else min(4, len(nouns))):
             noun = nouns[(index * 4 + k) % len(nouns)]
             asks = words(noun).asks
             yield Probe(
                 kind=ProbeKind.LEAK,
                 question=_question(asks[(index + k) % len(asks)], s=who),
-                forbidden=tuple(dict.fromkeys(f.object for f in book.facts)),
+                forbidden=forbidden,
             )
 
 

@@ -1,4 +1,5 @@
-"""What takes a training step: torch's AdamW in this process, or DeepSpeed over several workers.
+"""What takes a training step: torch's AdamW in this process. ``StepEngine`` is the seam for an engine
+over several workers, which is not built yet.
 
 The trainer gives gradients of means over the whole step, whatever the number of workers.
 """
@@ -31,8 +32,6 @@ class StepSettings(Protocol):
     def weight_decay(self) -> float: ...
     @property
     def clip(self) -> float: ...
-    @property
-    def rows(self) -> int: ...
 
 
 class StepEngine(Protocol):
@@ -67,7 +66,7 @@ class LocalEngine:
 
     def __init__(self, model: torch.nn.Module, settings: StepSettings, workers: Workers) -> None:
         if workers.count != 1:
-            raise ValueError("one worker alone; several need DeepSpeed")
+            raise ValueError("one worker alone; there is no engine for several yet")
         self._model = model
         self._clip = settings.clip
         self._parameters = [p for p in model.parameters() if p.requires_grad]

@@ -45,9 +45,6 @@ class Thresholds:
                 raise BadRequest("a share from 0 to 1", f"gate.{name}")
 
 
-AIM = Thresholds(recall=0.97, reverse=0.90, leak=0.05, nll_rise=0.02)
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answered:
     """One probe with what was said, and whether it was right (of a leak: whether it leaked)."""

@@ -1,4 +1,4 @@
-"""People who don't exist: names for negatives, for the gate's unknown people, and for benchmarks.
+"""People who don't exist: names for negatives, for the checks while training and for the gate's unknown people.
 
 The three pools of names never meet, so that a refusal is measured on names that were never trained on.
 """

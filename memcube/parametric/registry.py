@@ -12,10 +12,10 @@ import asyncio
 import hashlib
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any, TypeVar
+from typing import Any
 
 from memcube.activation.contract import AdapterRef
 from memcube.catalog import AdapterBook, AdapterRecord, NewAdapter
@@ -28,7 +28,6 @@ from memcube.parametric.weights import AdapterLimits, AdapterWeights, decode, en
 MANIFEST_FORMAT = 1
 MAX_MANIFEST_BYTES = 4 << 20
 _SHA256 = re.compile(r"[0-9a-f]{64}", re.ASCII)
-_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -165,7 +164,7 @@ class AdapterRegistry:
             rank=weights.rank,
             cubes=cubes,
         )
-        return await self._ask(lambda: self._book.add(scope.tenant, new, now=now))
+        return await asyncio.to_thread(lambda: self._book.add(scope.tenant, new, now=now))
 
     async def activate(
         self, tenant: TenantId, id: str, version: int, *, now: datetime
@@ -176,43 +175,21 @@ class AdapterRegistry:
             NotFound: no such version, or its file is gone.
             Corrupt: its file is damaged. Conflict: a cube inside has changed.
         """
-        record = await self._ask(lambda: self._book.get(tenant, id, version))
+        record = await asyncio.to_thread(lambda: self._book.get(tenant, id, version))
         await self.files.get(tenant, reference(record), base=record.base)
-        return await self._ask(lambda: self._book.activate(tenant, id, version, now=now))
-
-    async def rollback(self, tenant: TenantId, id: str, *, now: datetime) -> AdapterRecord:
-        """Let the version serve again that did before.
-
-        Raises:
-            NotFound: no such adapter. Conflict: no earlier version can serve.
-        """
-        return await self._ask(lambda: self._book.rollback(tenant, id, now=now))
-
-    async def serving(
-        self, tenant: TenantId, name: str, *, base: str, now: datetime
-    ) -> AdapterRecord:
-        """The version that serves on a base model, by the adapter's name or id.
-
-        Raises:
-            NotFound: none does.
-        """
-        return await self._ask(lambda: self._book.serving(tenant, name, base=base, now=now))
+        return await asyncio.to_thread(lambda: self._book.activate(tenant, id, version, now=now))
 
     async def erase_stale(self, tenant: TenantId) -> int:
         """Remove the files of versions that hold what was changed or deleted; how many there were.
 
         A file that another version shares which isn't stale stays.
         """
-        records = await self._ask(lambda: self._book.versions(tenant))
+        records = await asyncio.to_thread(lambda: self._book.versions(tenant))
         kept = {record.sha256 for record in records if not record.stale}
         gone = {record.sha256 for record in records if record.stale} - kept
         for sha256 in gone:
             await self.files.erase(tenant, sha256)
         return len(gone)
-
-    @staticmethod
-    async def _ask(call: Callable[[], _T]) -> _T:
-        return await asyncio.to_thread(call)
 
 
 def reference(record: AdapterRecord) -> AdapterRef:

@@ -1,6 +1,6 @@
 """Training of one adapter: LoRA by PEFT, over packed rows, held to the base model by a KL term.
 
-``AdapterTrainer`` needs neither Ray nor DeepSpeed; ``engines`` has the seam to the latter. All that a
+``AdapterTrainer`` needs neither Ray nor DeepSpeed; ``engines`` has the seam for several workers. All that a
 step does follows from the training set, the recipe and the step's number, so a run that goes on from a
 checkpoint ends as the undisturbed one does. A checkpoint is a folder that appears by one rename; its
 tensors are safetensors.
@@ -86,7 +86,8 @@ class Recipe:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Progress:
-    """What a step came to. ``tokens`` are all read so far."""
+    """What a step came to. ``tokens`` are all that this worker read so far, ``seconds`` how long all
+    steps up to it take at the pace since the start or resume."""
 
     step: int
     num_steps: int

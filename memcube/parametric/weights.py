@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from memcube.config import AdaptersConfig
 from memcube.errors import BadRequest, Conflict, Corrupt, LimitExceeded
 
 FORMAT = "memcube-lora-1"
@@ -40,6 +41,11 @@ class AdapterLimits:
 
     max_bytes: int = 64 << 20
     max_rank: int = 128
+
+    @classmethod
+    def of(cls, config: AdaptersConfig) -> "AdapterLimits":
+        """Those of a configuration."""
+        return cls(max_bytes=config.max_mb << 20, max_rank=config.max_rank)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,10 +70,6 @@ class AdapterWeights:
                 raise ValueError(f"{name}: factors of rank {self.rank} in another shape")
             if a_RI.dtype not in _DTYPES or b_OR.dtype not in _DTYPES:
                 raise ValueError(f"{name}: factors of type {a_RI.dtype}")
-
-    @property
-    def num_bytes(self) -> int:
-        return sum(a_RI.nbytes + b_OR.nbytes for a_RI, b_OR in self.pairs.values())
 
     @property
     def targets(self) -> tuple[str, ...]:

@@ -231,14 +231,14 @@ class ReuseModel:
         for row, number in enumerate(level):
             if self._hints[number] == _NO_HINT:
                 continue
-            due, level = divmod(self._hints[number], _HINT_LEVELS + 1)
+            due, chance_level = divmod(self._hints[number], _HINT_LEVELS + 1)
             until = within
             if due:
                 until = _NUM_STEPS
                 spread = np.interp(np.arange(_NUM_STEPS + 1) - due, *_DUE)
-                hinted = level / _HINT_LEVELS * spread
+                hinted = chance_level / _HINT_LEVELS * spread
             else:
-                hinted = np.minimum(level / _HINT_LEVELS / chance[within] * chance, 1.0)
+                hinted = np.minimum(chance_level / _HINT_LEVELS / chance[within] * chance, 1.0)
             left = np.maximum(1 - hinted, 1e-3)
             wanted = -np.diff(np.log(left)) / widths
             # Not nothing: a class has to be able to learn that such hints are wrong.

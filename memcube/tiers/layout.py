@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from memcube.errors import Conflict, Corrupt
+from memcube.files import replace_file, sync_folder
 from memcube.tiers.plaintext import IndexSpec
 
 CURRENT = "current"
@@ -43,7 +44,7 @@ def check_spec(path: Path, spec: IndexSpec) -> None:
     if not written.exists():
         if (path / CURRENT).exists() or any(path.glob("engine-*")):
             raise Corrupt(str(written), f"is missing, while the index is there{_REBUILD}")
-        _write(written, stated)
+        replace_file(written, stated)
     held = written.read_text()
     if held != stated:
         raise Conflict(f"{path} holds an index of {held}, not of {stated}; use another folder")
@@ -68,9 +69,9 @@ def adopt(path: Path, begun: Path) -> None:
     """Make the engine folder that was begun the current one."""
     # `current` first: a crash before the rename leaves a name without a folder, and `creating`.
     name = next_name(path)
-    _write(path / CURRENT, json.dumps({"engine": name, "sizes": {}}))
+    replace_file(path / CURRENT, json.dumps({"engine": name, "sizes": {}}))
     os.rename(begun, path / name)
-    _sync(path)
+    sync_folder(path)
 
 
 def check(path: Path) -> str:
@@ -107,7 +108,7 @@ def mark(path: Path, name: str) -> None:
         for pattern in _NEVER_SHRINK
         for file in engine.glob(pattern)
     }
-    _write(path / CURRENT, json.dumps({"engine": name, "sizes": sizes}))
+    replace_file(path / CURRENT, json.dumps({"engine": name, "sizes": sizes}))
 
 
 def next_name(path: Path) -> str:
@@ -119,7 +120,7 @@ def next_name(path: Path) -> str:
 def sync_tree(folder: Path) -> None:
     """Fsync every file and folder below, and the folder."""
     for at in (folder, *folder.rglob("*")):
-        _sync(at)
+        sync_folder(at)
 
 
 def _held(path: Path) -> dict[str, Any]:
@@ -132,22 +133,3 @@ def _held(path: Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError, AttributeError):
         pass
     raise Corrupt(str(at), f"names no engine folder{_REBUILD}")
-
-
-def _write(path: Path, text: str) -> None:
-    """Replace a small file: whole or not at all, also at a loss of power."""
-    temporary = path.with_suffix(".new")
-    with open(temporary, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    _sync(path.parent)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -12,6 +12,7 @@ from memcube.activation.fidelity import Fidelity, FidelityReport, Thresholds, me
 from memcube.activation.forward import KvBuffer, PackedModel, Row
 from memcube.activation.gate import FidelityGate, GateState, report_key
 from memcube.errors import Unavailable
+from memcube.files import replace_file
 from memcube.testing.kv import TinyLru
 from memcube.testing.tiny_lm import tiny_model
 
@@ -137,7 +138,7 @@ async def test_of_two_engines_on_a_node_the_second_waits_for_the_firsts_report(
         waiting = asyncio.create_task(gate.run())
         await asyncio.sleep(0.02)
         assert second.allowed is None
-        gates._write(gate._path, REPORT.to_json())
+        replace_file(gate._path, REPORT.to_json())
     await waiting
     assert second.allowed == (Mode.BLEND,)
     assert measured == []

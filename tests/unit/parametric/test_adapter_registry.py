@@ -180,9 +180,9 @@ def office(tmp_path):
 async def test_a_published_adapter_serves_once_it_is_activated(office):
     record = await office.publish(weights=WEIGHTS)
     with pytest.raises(NotFound):
-        await office.registry.serving(A, "ann", base=BASE, now=NOW)
+        office.catalog.adapters.serving(A, "ann", base=BASE, now=NOW)
     await office.activate(record)
-    serving = await office.registry.serving(A, "ann", base=BASE, now=NOW)
+    serving = office.catalog.adapters.serving(A, "ann", base=BASE, now=NOW)
     same(await office.files.get(A, reference(serving), base=BASE), WEIGHTS)
 
 
@@ -218,15 +218,15 @@ async def test_a_damaged_file_is_not_activated_and_what_serves_goes_on(office):
     path.unlink()
     with pytest.raises(NotFound):
         await office.activate(second, seconds=1)
-    serving = await office.registry.serving(A, "ann", base=BASE, now=NOW)
+    serving = office.catalog.adapters.serving(A, "ann", base=BASE, now=NOW)
     assert serving.version == 1
 
 
 async def test_a_rollback_is_one_call(office):
     for seed in (1, 2):
         await office.activate(await office.publish(seed=seed), seconds=seed)
-    serving = await office.registry.serving(A, "ann", base=BASE, now=NOW)
-    back = await office.registry.rollback(A, serving.line.id, now=NOW + timedelta(seconds=9))
+    serving = office.catalog.adapters.serving(A, "ann", base=BASE, now=NOW)
+    back = office.catalog.adapters.rollback(A, serving.line.id, now=NOW + timedelta(seconds=9))
     assert (serving.version, back.version) == (2, 1)
 
 

@@ -24,7 +24,7 @@ def body(**more: Any) -> dict[str, Any]:
 def model(api) -> ScriptedModel:
     """A scripted model that serves adapters."""
     scripted = ScriptedModel()
-    backend = api.client._transport.app.state.backend
+    backend = api.app.state.backend
     choice = AdapterChoice(backend.catalog.adapters, base=BASE, clock=backend.clock)
     chat = ChatService(backend.service, [scripted], backend.config.chat, None, choice)
     object.__setattr__(backend, "chat", chat)

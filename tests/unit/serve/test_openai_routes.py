@@ -26,7 +26,7 @@ def body(**more: Any) -> dict[str, Any]:
 def models(api) -> list[ScriptedModel]:
     """Two scripted models behind the routes."""
     scripted = [ScriptedModel(), ScriptedModel()]
-    backend = api.client._transport.app.state.backend
+    backend = api.app.state.backend
     chat = ChatService(backend.service, scripted, backend.config.chat)
     object.__setattr__(backend, "chat", chat)
     return scripted
