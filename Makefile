@@ -78,7 +78,7 @@ format: setup  ## put the code into ruff's form
 
 chaos: bench-chaos  ## kill -9 everything in turn, 50 times, under steady adds
 
-bench: bench-store bench-embedder bench-http bench-kv bench-trace bench-chaos bench-locomo bench-check  ## all benchmarks
+bench: bench-store bench-embedder bench-http bench-kv bench-chaos bench-locomo bench-trace bench-check  ## all benchmarks but those of adapters
 
 bench-locomo: setup  ## retrieval on real conversations, beside BM25 and plain dense (LOCOMO=FILE)
 	$(PY) -m benchmarks.bench_locomo $(LOCOMO) $(ARGS)

@@ -85,7 +85,7 @@ async def measure(
         await asyncio.sleep(0.005)
     await bulk
     waits = waits[:-1] or waits
-    default = name == "onnx"
+    default = name == "onnx-int8"
     figures = [
         Figure(
             name=f"{name}: a query of 12 tokens",

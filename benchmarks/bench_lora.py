@@ -10,6 +10,7 @@ is written. CPU time is of this process, with one thread.
 
 import argparse
 import json
+import sys
 import tempfile
 import time
 from dataclasses import asdict, dataclass
@@ -76,7 +77,8 @@ def main() -> None:
         print(json.dumps(details))
         return
     name = "lora" if len(facts) == 20 else f"lora-{len(facts)}"
-    write_results(name, "make bench-lora", _figures(report, spent, len(facts)), **details)
+    command = " ".join(["python -m benchmarks.bench_lora", *sys.argv[1:]])
+    write_results(name, command, _figures(report, spent, len(facts)), **details)
 
 
 def _run(

@@ -9,12 +9,12 @@ only prints.
 """
 
 import argparse
-import importlib.util
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from benchmarks.plots import can_draw, svg
 from benchmarks.reference_caches import REFERENCES, Belady, Cache
 from benchmarks.results import ROOT, Figure, write_results
 from memcube.policies.replay import Hints, Replayed, Request, read_mooncake, replay
@@ -124,11 +124,8 @@ def _figures(table: dict[int, dict[str, float]], cpu_us: float) -> list[Figure]:
 
 def draw(table: Mapping[int, Mapping[str, float]], path: Path) -> None:
     """The hit ratios against the capacity, as SVG."""
-    if importlib.util.find_spec("matplotlib") is None:
-        print(f"matplotlib is missing, so {path.name} stays as it was: pip install -e '.[bench]'")
+    if not can_draw(path):
         return
-    import matplotlib
-    from matplotlib.figure import Figure as Canvas
     from matplotlib.ticker import NullLocator, StrMethodFormatter
 
     ours = {
@@ -137,10 +134,7 @@ def draw(table: Mapping[int, Mapping[str, float]], path: Path) -> None:
         "when": ("ours, told also when", ":"),
     }
     capacities = sorted(table)
-    # The same figures make the same file.
-    with matplotlib.rc_context({"svg.hashsalt": path.stem, "svg.fonttype": "none"}):
-        canvas = Canvas(figsize=(9, 4.5), layout="constrained")
-        axes = canvas.add_subplot()
+    with svg(path, (9, 4.5)) as (canvas, axes):
         for name in table[capacities[0]]:
             ratios = [table[capacity][name] for capacity in capacities]
             if name in ours:
@@ -160,7 +154,6 @@ def draw(table: Mapping[int, Mapping[str, float]], path: Path) -> None:
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)
         canvas.legend(loc="outside right upper", frameon=False)
-        canvas.savefig(path, format="svg", metadata={"Date": None})
 
 
 if __name__ == "__main__":

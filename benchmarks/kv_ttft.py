@@ -8,7 +8,6 @@ on a CPU is faster than one in chunks. Times are the least of some rounds, in CP
 the machine is shared; on a GPU by the clock. The figure goes into the documentation.
 """
 
-import importlib.util
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from benchmarks.plots import can_draw, svg
 from benchmarks.results import ROOT, Figure
 from memcube.activation.fidelity import cases
 from memcube.activation.forward import KvBuffer, PackedModel, Row
@@ -150,17 +150,11 @@ def _timed(call: Callable[[], int]) -> tuple[int, float]:
 
 def draw(cells: Sequence[_Cell], path: Path) -> None:
     """The time to the first token against the length of the context, as SVG."""
-    if importlib.util.find_spec("matplotlib") is None:
-        print(f"matplotlib is missing, so {path.name} stays as it was: pip install -e '.[bench]'")
+    if not can_draw(path):
         return
-    import matplotlib
-    from matplotlib.figure import Figure as Canvas
     from matplotlib.ticker import StrMethodFormatter
 
-    # The same figures make the same file.
-    with matplotlib.rc_context({"svg.hashsalt": path.stem, "svg.fonttype": "none"}):
-        canvas = Canvas(figsize=(7, 4), layout="constrained")
-        axes = canvas.add_subplot()
+    with svg(path, (7, 4)) as (_, axes):
         for query, line in zip(_QUERIES, ("-", "--"), strict=True):
             own = [cell for cell in cells if cell.query == query]
             at = [cell.context for cell in own]
@@ -178,4 +172,3 @@ def draw(cells: Sequence[_Cell], path: Path) -> None:
         axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         axes.grid(alpha=0.3)
         axes.legend(frameon=False)
-        canvas.savefig(path, format="svg", metadata={"Date": None})

@@ -126,7 +126,7 @@ async def open_backend(config: Config) -> Backend:
 
     async def forget(tenant: TenantId, ids: Sequence[CubeId]) -> None:
         # KV is found by the tokens of a prompt, and these cubes are in none any more: an engine that
-        # doesn't answer now serves nothing of them either, and its sweep drops the bytes.
+        # doesn't answer now serves nothing of them either; the sweep drops bytes of cubes that are gone.
         told = await asyncio.gather(
             *(engine.forget(ids, None) for engine in engines), return_exceptions=True
         )
