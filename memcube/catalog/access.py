@@ -15,10 +15,13 @@ from enum import StrEnum
 import sqlalchemy as sa
 
 from memcube.catalog import schema
+from memcube.catalog.cluster_log import ClusterEventKind, note_event
 from memcube.catalog.engine import Database
+from memcube.catalog.fence import LEASE
 from memcube.catalog.schema import micros, micros_or_none, moment, moment_or_none
+from memcube.catalog.shard_book import shards_to_choose
 from memcube.errors import BadRequest, Conflict, NotFound, StaleEpoch, Unauthenticated
-from memcube.ids import TenantId, digest64
+from memcube.ids import IdSource, TenantId, digest64
 
 _TENANT = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
 KEY_PREFIX = "mk_"
@@ -40,7 +43,7 @@ class Role(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tenant:
-    """A tenant and the shard its cubes lie in, which never changes by itself."""
+    """A tenant and the shard its cubes lie in, which a move changes (``memcube.scheduler.shard_port``)."""
 
     id: TenantId
     shard: int
@@ -89,7 +92,8 @@ class Access:
         self._new_id = new_id
 
     def ensure_tenant(self, tenant: str, *, shards: int, now: datetime) -> Tenant:
-        """The tenant, created on one of ``shards`` shards if it is new.
+        """The tenant, created if it is new: in one of the shards that are open and take something new, or
+        one of the first ``shards`` where none was opened yet.
 
         Raises:
             BadRequest: the name is not ``[a-z0-9][a-z0-9_-]{0,62}``.
@@ -98,18 +102,19 @@ class Access:
             raise BadRequest(
                 "1 to 63 of a-z, 0-9, '-' and '_', beginning with a letter or digit", "tenant"
             )
-        row = {
-            "id": tenant,
-            "shard": digest64("shard", tenant) % shards,
-            "created_at": micros(now),
-        }
+        number = digest64("shard", tenant)
 
         def work(connection: sa.Connection) -> Tenant:
             query = sa.select(schema.tenants).where(schema.tenants.c.id == tenant)
             found = connection.execute(query).mappings().first()
             if found is None:
-                connection.execute(sa.insert(schema.tenants), row)
-                found = row
+                choice = shards_to_choose(connection) or range(shards)
+                found = {
+                    "id": tenant,
+                    "shard": choice[number % len(choice)],
+                    "created_at": micros(now),
+                }
+                connection.execute(sa.insert(schema.tenants), found)
             return _tenant(found)
 
         return self._database.write(work)
@@ -211,8 +216,9 @@ _AUTHENTICATE = (
 class Leases:
     """Rights to act, each with an epoch that grows at every take-over."""
 
-    def __init__(self, database: Database) -> None:
+    def __init__(self, database: Database, *, new_id: IdSource) -> None:
         self._database = database
+        self._new_id = new_id
 
     def acquire(self, name: str, holder: str, *, now: datetime, ttl_s: float) -> Lease:
         """Take the lease, under a new epoch.
@@ -245,6 +251,14 @@ class Leases:
                 connection.execute(sa.insert(lease), {"name": name, **values})
             else:
                 connection.execute(sa.update(lease).where(lease.c.name == name).values(**values))
+            if name == LEASE:
+                note_event(
+                    connection,
+                    ClusterEventKind.LEADER,
+                    reason=f"{holder} leads under epoch {taken.epoch}",
+                    new_id=self._new_id,
+                    now=now,
+                )
             return taken
 
         return self._database.write(work)
@@ -281,6 +295,22 @@ class Leases:
                 .values(expires_at=0)
             )
         )
+
+    def get(self, name: str) -> Lease | None:
+        """A lease as it is noted, run out or not; None before it was first taken."""
+        lease = schema.leases
+        with self._database.reading() as connection:
+            row = connection.execute(sa.select(lease).where(lease.c.name == name)).first()
+        if row is None:
+            return None
+        return Lease(
+            name=name, holder=row.holder, epoch=row.epoch, expires_at=moment(row.expires_at)
+        )
+
+    def epoch(self, name: str) -> int:
+        """The epoch of a lease; 0 before it was first taken."""
+        lease = self.get(name)
+        return 0 if lease is None else lease.epoch
 
     def next_epoch(self, name: str, holder: str) -> int:
         """A new epoch for an actor that starts: whatever was told to earlier ones is stale."""

@@ -19,9 +19,13 @@ from memcube.catalog import schema
 from memcube.catalog.engine import Database
 from memcube.catalog.kv_book import and_above
 from memcube.catalog.schema import micros, moment, moment_or_none
-from memcube.cube import Scope
+from memcube.cube import Origin, Relation, Scope
 from memcube.errors import BadRequest, Conflict, NotFound
 from memcube.ids import CubeId, IdSource, TenantId
+from memcube.lifecycle import READABLE
+
+WRITTEN_BY = "adapter_sha256"
+"""In the metadata of a cube that an adapter's answers were written back as: which weights said so."""
 
 _CHUNK = 500
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}", re.ASCII)
@@ -112,7 +116,8 @@ class AdapterBook:
         self._new_id = new_id
 
     def add(self, tenant: TenantId, new: NewAdapter, *, now: datetime) -> AdapterRecord:
-        """Note a version as a candidate.
+        """Note a version as a candidate; the newest one of its name, if that is one with
+        the same file and cubes.
 
         Raises:
             BadRequest: no name, or no cubes.
@@ -124,12 +129,17 @@ class AdapterBook:
             raise BadRequest("is empty; an adapter holds some", "cubes")
 
         def work(connection: sa.Connection) -> AdapterRecord:
-            if moved_on := _moved_on(connection, tenant, new.cubes, now):
-                raise Conflict(f"cubes have changed since they were read: {_few(moved_on)}")
+            if changed := moved_on(connection, tenant, new.cubes, now):
+                raise Conflict(f"cubes have changed since they were read: {_few(changed)}")
             id = self._line(connection, tenant, new, now)
             last = connection.scalar(
                 sa.select(sa.func.max(_versions.c.version)).where(_versions.c.adapter == id)
             )
+            if last is not None:  # a job that ended between this and its own end publishes again
+                before = _one(connection, tenant, id, last)
+                is_same = before.sha256 == new.sha256 and _inside(connection, before) == new.cubes
+                if is_same and before.state is AdapterState.CANDIDATE:
+                    return before
             version = (last or 0) + 1
             row = {
                 "adapter": id,
@@ -187,7 +197,7 @@ class AdapterBook:
             query = query.order_by(_versions.c.retired_at.desc(), _versions.c.version.desc())
             for row in connection.execute(query).mappings().all():
                 before = _record(row)
-                if not _moved_on(connection, tenant, _inside(connection, before), now):
+                if not moved_on(connection, tenant, _inside(connection, before), now):
                     _retire(connection, _serving_of(id), _Why.ROLLED_BACK, now)
                     _serve(connection, id, before.version, now)
                     return _one(connection, tenant, id, before.version)
@@ -248,18 +258,70 @@ class AdapterBook:
         found = self._serving(scope.tenant, base, sa.and_(*same), now)
         return max(found, key=lambda record: record.activated_at or now) if found else None
 
-    def stale(self, tenant: TenantId) -> list[AdapterRecord]:
-        """Versions that stopped serving as a cube inside changed, and that no later one of their line
-        serves in place of: what is to be trained anew."""
-        other = _versions.alias()
-        serves = sa.exists().where(
-            other.c.adapter == _versions.c.adapter, other.c.state == AdapterState.SERVING
-        )
+    def live(self, tenant: TenantId, *, now: datetime) -> list[AdapterRecord]:
+        """The versions that serve, on whatever base model."""
+        return self._serving(tenant, None, sa.true(), now)
+
+    def retired(self, tenant: TenantId, *, since: datetime) -> list[AdapterRecord]:
+        """The versions that have stopped serving since then."""
         query = _records(tenant).where(
-            _versions.c.reason == _Why.STALE, _versions.c.activated_at.is_not(None), ~serves
+            _versions.c.state == AdapterState.RETIRED,
+            _versions.c.activated_at.is_not(None),
+            _versions.c.retired_at >= micros(since),
         )
         with self._database.reading() as connection:
             return [_record(row) for row in connection.execute(query).mappings()]
+
+    def to_train_anew(self, *, limit: int = 100) -> list[AdapterRecord]:
+        """Of all tenants, versions that stopped serving as a cube inside changed and that no later one
+        of their line was activated in place of, by adapter: what is to be trained anew."""
+        newer = _versions.alias()
+        superseded = sa.exists().where(
+            newer.c.adapter == _versions.c.adapter,
+            sa.or_(
+                newer.c.state == AdapterState.SERVING,
+                sa.and_(newer.c.version > _versions.c.version, newer.c.activated_at.is_not(None)),
+            ),
+        )
+        query = (
+            _records()
+            .where(
+                _versions.c.reason == _Why.STALE, _versions.c.activated_at.is_not(None), ~superseded
+            )
+            .order_by(_versions.c.adapter)
+            .limit(limit)
+        )
+        with self._database.reading() as connection:
+            return [_record(row) for row in connection.execute(query).mappings()]
+
+    def to_erase(self, *, limit: int = 100) -> list[AdapterRecord]:
+        """Of all tenants, stale versions whose files were not removed."""
+        query = (
+            _records()
+            .where(_versions.c.reason == _Why.STALE, _versions.c.erased_at.is_(None))
+            .order_by(_versions.c.adapter, _versions.c.version)
+            .limit(limit)
+        )
+        with self._database.reading() as connection:
+            return [_record(row) for row in connection.execute(query).mappings()]
+
+    def is_shared(self, record: AdapterRecord) -> bool:
+        """Whether a version of the same tenant that isn't stale has the same file."""
+        query = _records(record.line.scope.tenant).where(
+            _versions.c.sha256 == record.sha256, _versions.c.reason != _Why.STALE
+        )
+        with self._database.reading() as connection:
+            return connection.execute(query).first() is not None
+
+    def erased(self, record: AdapterRecord, *, now: datetime) -> None:
+        """Note that the files of a stale version are gone."""
+        self._database.write(
+            lambda connection: connection.execute(
+                sa.update(_versions)
+                .where(_versions.c.adapter == record.line.id, _versions.c.version == record.version)
+                .values(erased_at=micros(now))
+            )
+        )
 
     def inside(self, tenant: TenantId, id: str, version: int) -> dict[CubeId, int]:
         """The cubes inside a version of an adapter, each in the version that was trained on.
@@ -291,6 +353,31 @@ class AdapterBook:
                 for row in connection.execute(query).mappings()
             ]
 
+    def written_back(
+        self, tenant: TenantId, cubes: Sequence[CubeId], *, now: datetime
+    ) -> list[CubeId]:
+        """The cubes that say what an adapter said of some: they go where those are changed or go."""
+        edge = schema.edges
+        found: list[CubeId] = []
+        with self._database.reading() as connection:
+            for start in range(0, len(cubes), _CHUNK):
+                query = (
+                    sa.select(_cubes.c.id, _cubes.c.metadata)
+                    .join(edge, edge.c.child == _cubes.c.id)
+                    .where(
+                        edge.c.parent.in_(cubes[start : start + _CHUNK]),
+                        edge.c.relation == Relation.DERIVED,
+                        _cubes.c.tenant == tenant,
+                        _cubes.c.origin == Origin.INFERENCE,
+                        _cubes.c.state.in_(sorted(READABLE)),
+                        schema.unexpired(now),
+                    )
+                    .order_by(_cubes.c.id)
+                )
+                rows = connection.execute(query).all()
+                found += [CubeId(row.id) for row in rows if WRITTEN_BY in row.metadata]
+        return list(dict.fromkeys(found))
+
     def _line(
         self, connection: sa.Connection, tenant: TenantId, new: NewAdapter, now: datetime
     ) -> str:
@@ -311,7 +398,7 @@ class AdapterBook:
         return row["id"]
 
     def _serving(
-        self, tenant: TenantId, base: str, which: sa.ColumnElement[bool], now: datetime
+        self, tenant: TenantId, base: str | None, which: sa.ColumnElement[bool], now: datetime
     ) -> list[AdapterRecord]:
         # An expiry takes effect at its time, not when it is noted.
         expired = (
@@ -319,9 +406,9 @@ class AdapterBook:
             .where(_HOLDS, _cubes.c.id == _held.c.cube)
             .where(sa.or_(~_cubes.c.searchable, _cubes.c.expires_at <= micros(now)))
         )
-        query = _records(tenant).where(
-            which, _versions.c.state == AdapterState.SERVING, _versions.c.base == base, ~expired
-        )
+        query = _records(tenant).where(which, _versions.c.state == AdapterState.SERVING, ~expired)
+        if base is not None:
+            query = query.where(_versions.c.base == base)
         return [_record(row._mapping) for row in self._database.rows(query, {})]
 
 
@@ -370,22 +457,27 @@ def _lock(connection: sa.Connection, tenant: TenantId, id: str) -> None:
 def _check_whole(
     connection: sa.Connection, tenant: TenantId, record: AdapterRecord, now: datetime
 ) -> None:
-    moved_on = _moved_on(connection, tenant, _inside(connection, record), now)
-    if moved_on or record.stale:
-        changed = f": {_few(moved_on)}" if moved_on else ""
+    changed = moved_on(connection, tenant, _inside(connection, record), now)
+    if changed or record.stale:
+        which = f": {_few(changed)}" if changed else ""
         raise Conflict(
             f"version {record.version} of adapter {record.line.id!r} is stale, as cubes inside have "
-            f"changed or are gone{changed}; train it anew"
+            f"changed or are gone{which}; train it anew"
         )
 
 
-def _moved_on(
-    connection: sa.Connection, tenant: TenantId, held: Mapping[CubeId, int], now: datetime
+def moved_on(
+    connection: sa.Connection,
+    tenant: TenantId,
+    held: Mapping[CubeId, int],
+    now: datetime,
+    *,
+    lock: bool = True,
 ) -> list[CubeId]:
     """Those of the cubes whose text is no longer that of the version given.
 
-    The others' rows are locked: a change comes before, and is seen, or after the transaction, and
-    finds what it wrote.
+    With ``lock`` the others' rows are held: a change comes before, and is seen, or after the
+    transaction, and finds what it wrote.
     """
     ids, whole = sorted(held), set[str]()
     for start in range(0, len(ids), _CHUNK):
@@ -400,8 +492,9 @@ def _moved_on(
                 _cubes.c.text == _texts.c.text,
             )
             .order_by(_cubes.c.id)
-            .with_for_update(read=True, of=_cubes)
         )
+        if lock:
+            query = query.with_for_update(read=True, of=_cubes)
         found = connection.execute(query).all()
         whole |= {row.id for row in found if row.version == held[CubeId(row.id)]}
     return [id for id in ids if id not in whole]
@@ -422,20 +515,18 @@ def _one(connection: sa.Connection, tenant: TenantId, id: str, version: int) -> 
     return _record(row)
 
 
-def _records(tenant: TenantId) -> sa.Select[Any]:
-    return (
-        sa.select(
-            _versions,
-            _lines.c.tenant,
-            _lines.c.name,
-            _lines.c.user_id,
-            _lines.c.agent_id,
-            _lines.c.run_id,
-            _lines.c.created_at.label("begun_at"),
-        )
-        .join(_lines, _lines.c.id == _versions.c.adapter)
-        .where(_lines.c.tenant == tenant)
-    )
+def _records(tenant: TenantId | None = None) -> sa.Select[Any]:
+    """Versions of one tenant's adapters, or of all tenants'."""
+    found = sa.select(
+        _versions,
+        _lines.c.tenant,
+        _lines.c.name,
+        _lines.c.user_id,
+        _lines.c.agent_id,
+        _lines.c.run_id,
+        _lines.c.created_at.label("begun_at"),
+    ).join(_lines, _lines.c.id == _versions.c.adapter)
+    return found if tenant is None else found.where(_lines.c.tenant == tenant)
 
 
 def _record(row: Mapping[Any, Any]) -> AdapterRecord:

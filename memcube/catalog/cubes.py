@@ -3,7 +3,7 @@
 import base64
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any, Literal
 from uuid import UUID
 
@@ -11,12 +11,23 @@ import sqlalchemy as sa
 
 from memcube.catalog import schema
 from memcube.catalog.adapters import retire_holders
+from memcube.catalog.archives import doom_archives
 from memcube.catalog.engine import Database
 from memcube.catalog.index_book import STALE
 from memcube.catalog.kv_book import drop_rows
+from memcube.catalog.proposals import drop_proposals
 from memcube.catalog.rows import cube_of, row_of, source_row, version_of, version_row
 from memcube.catalog.schema import micros, micros_or_none
+from memcube.catalog.snapshots import drop_snapshots, pinned
+from memcube.catalog.state_log import (
+    drop_log,
+    note_forgotten,
+    note_state,
+    prune_forgotten,
+    scope_is,
+)
 from memcube.cube import Draft, MemCube, Relation, Residency, Scope, Shape, Version, content_hash
+from memcube.decay import RATE_HALF_LIFE, fraction_left
 from memcube.errors import (
     BadRequest,
     Frozen,
@@ -31,7 +42,6 @@ from memcube.lifecycle import READABLE, SEARCHABLE, Event, State, move
 MAX_SOURCES = 32
 MAX_LINEAGE = 1000
 MAX_NESTING = 16
-HALF_LIFE_S = 7 * 86_400.0
 IDEMPOTENCY_KEPT_S = 48 * 3600
 THREAD_LOCK, THREAD_LOCKS = 0x74687264, 64
 _CHUNK = 500
@@ -188,18 +198,34 @@ class Cubes:
                 before = _replay(connection, tenant, idempotency)
                 if before is not None:
                     return before.results[0].cube
-            # In the order of their ids, so that two fusions don't wait for each other.
-            for id in sorted(set(ids)):
-                parent = self._live(connection, tenant, id, now, lock=True)
-                self._move(connection, parent, Event.MERGE, now)
-            results = self._store(
-                connection, tenant, [draft], author=author, now=now, repeats=False
-            )
+            cube = self.fuse_in(connection, tenant, ids, draft, author=author, now=now)
             if idempotency is not None:
-                _remember(connection, tenant, idempotency, results, (1,), now)
-            return results[0].cube
+                made = AddResult(cube=cube, event="added", version=cube.version)
+                _remember(connection, tenant, idempotency, [made], (1,), now)
+            return cube
 
         return self._database.write(work)
+
+    def fuse_in(
+        self,
+        connection: sa.Connection,
+        tenant: TenantId,
+        ids: Iterable[CubeId],
+        draft: Draft,
+        *,
+        author: str,
+        now: datetime,
+        versions: Mapping[CubeId, int] | None = None,
+    ) -> MemCube:
+        """``fuse`` within the caller's transaction; with ``versions`` only of these."""
+        # In the order of their ids, so that two fusions don't wait for each other.
+        for id in sorted(set(ids)):
+            parent = self._live(connection, tenant, id, now, lock=True)
+            if versions is not None and parent["version"] != versions[id]:
+                raise VersionMismatch(id, versions[id], parent["version"])
+            self.take(connection, parent, Event.MERGE, now)
+        (made,) = self._store(connection, tenant, [draft], author=author, now=now, repeats=False)
+        return made.cube
 
     def _store(
         self,
@@ -327,13 +353,13 @@ class Cubes:
         lock: bool = False,
     ) -> None:
         wanted = sorted(set(ids))
-        there = self._present(connection, tenant, wanted, now, lock=lock)
+        there = self.present(connection, tenant, wanted, now, lock=lock)
         for id in wanted:
             if id not in there:
                 raise NotFound("cube", id)
 
     @staticmethod
-    def _present(
+    def present(
         connection: sa.Connection,
         tenant: TenantId,
         ids: Sequence[CubeId],
@@ -384,7 +410,7 @@ class Cubes:
             )
         if past is None:
             raise NotFound("version of cube", f"{id}@{version if version is not None else as_of}")
-        return _as_it_was(row, past)
+        return as_it_was(row, past)
 
     def get_many(self, tenant: TenantId, ids: Sequence[CubeId], *, now: datetime) -> list[MemCube]:
         """The cubes that are there, in the order of ``ids``."""
@@ -465,12 +491,12 @@ class Cubes:
             )
             query = query.where(_cubes.c.id.in_(tagged))
         if cursor is not None:
-            query = query.where(_cubes.c.id < _cursor_id(cursor))
+            query = query.where(_cubes.c.id < cursor_id(cursor))
         query = query.order_by(_cubes.c.id.desc()).limit(limit + 1)
         with self._database.reading() as connection:
             rows = connection.execute(query).mappings().all()
         found = [cube_of(row) for row in rows[:limit]]
-        return Page(cubes=found, next_cursor=_cursor(found[-1].id) if len(rows) > limit else None)
+        return Page(cubes=found, next_cursor=cursor_of(found[-1].id) if len(rows) > limit else None)
 
     def history(self, tenant: TenantId, id: CubeId, *, now: datetime) -> list[Version]:
         """All versions, oldest first."""
@@ -498,7 +524,7 @@ class Cubes:
         more = len(rows) > limit
         return Page(
             cubes=[cube_of(row) for row in rows[:limit]],
-            next_cursor=_cursor(str(rows[limit - 1]["position"])) if more else None,
+            next_cursor=cursor_of(str(rows[limit - 1]["position"])) if more else None,
         )
 
     def expand(
@@ -576,7 +602,7 @@ class Cubes:
             row = self._live(connection, tenant, id, now, lock=True)
             if expected_version is not None and row["version"] != expected_version:
                 raise VersionMismatch(id, expected_version, row["version"])
-            cube = self._apply(connection, row, change, author=author, reason=reason, now=now)
+            cube = self.apply(connection, row, change, author=author, reason=reason, now=now)
             if idempotency is not None:
                 done = AddResult(cube=cube, event="updated", version=cube.version)
                 _remember(connection, tenant, idempotency, [done], (1,), now)
@@ -606,7 +632,7 @@ class Cubes:
             )
             if past is None:
                 raise NotFound("version of cube", f"{id}@{version}")
-            held = self._present(connection, tenant, sorted(set(past["members"])), now, lock=True)
+            held = self.present(connection, tenant, sorted(set(past["members"])), now, lock=True)
             change = Change(
                 text=past["text"],
                 metadata=past["metadata"],
@@ -616,11 +642,11 @@ class Cubes:
                 else UNSET,
             )
             reason = f"rollback to {version}"
-            return self._apply(connection, row, change, author=author, reason=reason, now=now)
+            return self.apply(connection, row, change, author=author, reason=reason, now=now)
 
         return self._database.write(work)
 
-    def _apply(
+    def apply(
         self,
         connection: sa.Connection,
         row: dict[str, Any],
@@ -629,7 +655,10 @@ class Cubes:
         author: str,
         reason: str,
         now: datetime,
+        deferred: bool = False,
     ) -> MemCube:
+        """Change a locked row within the caller's transaction. See ``update``. With ``deferred`` the
+        caller drops the rows of KV and retires the adapters that held it, of many cubes at once."""
         state = self._event(row, Event.UPDATE)
         content: dict[str, Any] = {}
         if not isinstance(change.text, _Unset):
@@ -661,11 +690,13 @@ class Cubes:
         if changed:
             entry = version_row(new, author=author, reason=reason)
             connection.execute(sa.insert(_versions), entry)
+            if (new["tags"], new["members"]) != (row["tags"], row["members"]):
+                _delete_links(connection, row["id"])
+                _write_links(connection, [new | {"parents": []}])
+        if changed and not deferred:
             drop_rows(connection, [row["id"]])
             if new["text"] != row["text"] or new["members"] != row["members"]:
                 retire_holders(connection, [row["id"]], now)
-            _delete_links(connection, row["id"])
-            _write_links(connection, [new | {"parents": []}])
         return cube_of(new)
 
     def _check_members(
@@ -679,7 +710,14 @@ class Cubes:
         _check_nesting(connection, row["id"], ids)
 
     def transition(
-        self, tenant: TenantId, id: CubeId, event: Event, *, author: str, now: datetime
+        self,
+        tenant: TenantId,
+        id: CubeId,
+        event: Event,
+        *,
+        author: str,
+        now: datetime,
+        expected_version: int | None = None,
     ) -> MemCube:
         """Archive, merge or restore a cube. A restored one is a new version (of the same content):
         the index refuses late writes of the version that was removed.
@@ -692,7 +730,9 @@ class Cubes:
 
         def work(connection: sa.Connection) -> MemCube:
             row = self._live(connection, tenant, id, now, lock=True)
-            new = self._move(connection, row, event, now)
+            if expected_version is not None and row["version"] != expected_version:
+                raise VersionMismatch(id, expected_version, row["version"])
+            new = self.take(connection, row, event, now)
             if event is Event.RESTORE:
                 entry = version_row(new, author=author, reason="restore")
                 connection.execute(sa.insert(_versions), entry)
@@ -711,18 +751,34 @@ class Cubes:
 
         return self._database.write(work)
 
-    def _move(
-        self, connection: sa.Connection, row: dict[str, Any], event: Event, now: datetime
+    def take(
+        self,
+        connection: sa.Connection,
+        row: dict[str, Any],
+        event: Event,
+        now: datetime,
+        *,
+        deferred: bool = False,
     ) -> dict[str, Any]:
+        """Let an event happen to a locked row; the row as it is then. A restored one is at a new
+        version, whose entry the caller writes.
+
+        Raises:
+            Frozen, IllegalMove.
+        """
         new = row | {"state": str(self._event(row, event)), "changed_at": micros(now)}
         new["searchable"] = new["state"] in _SEARCHABLE
         if event is Event.RESTORE:
+            doom_archives(connection, [row["id"]])
             new["version"] += 1
             new["updated_at"] = max(micros(now), row["updated_at"])
         elif not new["searchable"]:
             new["indexed_version"] = STALE
         new["content_hash"] = self._free_hash(connection, new)
         self._save(connection, row, new)
+        note_state(connection, row["id"], new["state"], now)
+        if deferred:
+            return new
         drop_rows(connection, [row["id"]])
         if not new["searchable"]:
             retire_holders(connection, [row["id"]], now)
@@ -763,7 +819,14 @@ class Cubes:
 
     # -- forget --------------------------------------------------------------------------------
 
-    def delete(self, tenant: TenantId, id: CubeId, *, now: datetime) -> int:
+    def delete(
+        self,
+        tenant: TenantId,
+        id: CubeId,
+        *,
+        now: datetime,
+        expected_version: int | None = None,
+    ) -> int:
         """Wipe a cube and its versions; returns the version it had.
 
         What stays is its id, its state and its place in the lineage.
@@ -774,6 +837,8 @@ class Cubes:
 
         def work(connection: sa.Connection) -> int:
             row = self._live(connection, tenant, id, now, lock=True)
+            if expected_version is not None and row["version"] != expected_version:
+                raise VersionMismatch(id, expected_version, row["version"])
             self._event(row, Event.DELETE)
             _wipe(connection, [row], State.DELETED, now)
             return row["version"]
@@ -789,57 +854,74 @@ class Cubes:
         run_id: str | None,
         now: datetime,
     ) -> dict[CubeId, int]:
-        """Wipe all cubes of a scope in one transaction; returns them with their versions.
+        """Wipe all cubes of a scope, and the snapshots of it or of a part, in one transaction; returns
+        the cubes with their versions.
 
         Raises:
             Frozen: one of them is frozen. Nothing is changed.
         """
-        wanted = [
-            column == value
-            for column, value in (
-                (_cubes.c.user_id, user_id),
-                (_cubes.c.agent_id, agent_id),
-                (_cubes.c.run_id, run_id),
-            )
-            if value is not None
-        ]
+        scope = {"user_id": user_id, "agent_id": agent_id, "run_id": run_id}
+        wanted = scope_is(_cubes, scope)
 
         def work(connection: sa.Connection) -> dict[CubeId, int]:
-            query = sa.select(_cubes.c.id, _cubes.c.version, _cubes.c.frozen).where(
-                *_alive(tenant, now), *wanted
+            query = sa.select(
+                _cubes.c.id,
+                _cubes.c.version,
+                _cubes.c.frozen,
+                sa.and_(*_alive(tenant, now)).label("alive"),
+            ).where(
+                _cubes.c.tenant == tenant,
+                # What has run out is not read any more, but may be kept still.
+                _cubes.c.state.in_((*_READABLE, str(State.EXPIRED))),
+                *wanted,
             )
             query = query.order_by(_cubes.c.id).with_for_update()
             rows = [dict(row) for row in connection.execute(query).mappings()]
             for row in rows:
-                if row["frozen"]:
+                if row["frozen"] and row["alive"]:
                     raise Frozen(row["id"])
             _wipe(connection, rows, State.DELETED, now)
-            return {CubeId(row["id"]): row["version"] for row in rows}
+            drop_snapshots(connection, tenant, scope)
+            return {CubeId(row["id"]): row["version"] for row in rows if row["alive"]}
 
         return self._database.write(work)
 
-    def expire_due(self, *, now: datetime, limit: int) -> int:
-        """Wipe cubes whose time is over, frozen ones too; returns how many."""
+    def expire_due(self, *, now: datetime, limit: int, retention: timedelta = timedelta(0)) -> int:
+        """Note cubes whose time is over as expired, frozen ones too, and wipe those for which it has
+        been so for ``retention``; returns how many became expired.
+
+        Between the two nothing reads them: they are kept, not shown.
+        """
+        over = micros(now - retention)
 
         def work(connection: sa.Connection) -> int:
             query = (
-                sa.select(_cubes.c.id, _cubes.c.version)
-                .where(_cubes.c.expires_at <= micros(now), _cubes.c.state.in_(_READABLE))
+                sa.select(_cubes.c.id, _cubes.c.version, _cubes.c.state, _cubes.c.expires_at)
+                .where(
+                    _cubes.c.expires_at <= micros(now),
+                    sa.or_(
+                        _cubes.c.state.in_(_READABLE),
+                        sa.and_(_cubes.c.state == str(State.EXPIRED), _cubes.c.expires_at <= over),
+                    ),
+                )
                 .limit(limit)
                 .with_for_update()  # a repeat may be giving one of them more time
             )
             rows = [dict(row) for row in connection.execute(query).mappings()]
-            _wipe(connection, rows, State.EXPIRED, now)
-            return len(rows)
+            _wipe(connection, [r for r in rows if r["expires_at"] <= over], State.EXPIRED, now)
+            _expire(connection, [r for r in rows if r["expires_at"] > over], now)
+            return sum(row["state"] != State.EXPIRED for row in rows)
 
         return self._database.write(work)
 
     def prune(self, *, now: datetime) -> int:
-        """Forget retry keys older than IDEMPOTENCY_KEPT_S; returns how many."""
+        """Forget retry keys older than IDEMPOTENCY_KEPT_S, and what was long ago wiped; returns how
+        many keys."""
         table = schema.idempotency
         until = micros(now) - IDEMPOTENCY_KEPT_S * 1_000_000
 
         def work(connection: sa.Connection) -> int:
+            prune_forgotten(connection, now)
             return connection.execute(sa.delete(table).where(table.c.created_at < until)).rowcount
 
         return self._database.write(work)
@@ -889,6 +971,55 @@ class Cubes:
 
         return self._database.write(work)
 
+    # -- over all tenants, for the sweep ---------------------------------------------------------
+
+    def idle(
+        self, *, since: datetime, after: str, limit: int, now: datetime
+    ) -> tuple[CubeId | None, list[MemCube]]:
+        """Look at the next ``limit`` searchable cubes behind an id: where that ended (None: at the
+        end), and those that nobody has used or changed after ``since``, that are not frozen and that no
+        snapshot shows."""
+        looked = (
+            sa.select(_cubes.c.id)
+            .where(_cubes.c.id > after, _cubes.c.searchable)
+            .order_by(_cubes.c.id)
+            .limit(limit)
+        )
+        query = sa.select(_cubes).where(
+            ~_cubes.c.frozen,
+            _cubes.c.searchable,
+            schema.unexpired(now),
+            _cubes.c.updated_at <= micros(since),
+            sa.or_(_cubes.c.last_used_at.is_(None), _cubes.c.last_used_at <= micros(since)),
+            ~pinned(),
+        )
+        with self._database.reading() as connection:
+            ids = list(connection.execute(looked).scalars())
+            found = []
+            for start in range(0, len(ids), _CHUNK):
+                part = query.where(_cubes.c.id.in_(ids[start : start + _CHUNK]))
+                found += [cube_of(row) for row in connection.execute(part).mappings()]
+        return (CubeId(ids[-1]) if len(ids) == limit else None), found
+
+    def added_between(self, after: str, before: str, *, limit: int, now: datetime) -> list[MemCube]:
+        """The searchable leaves with text between two ids, in the order of their ids, that is, of the
+        times at which they were added."""
+        query = (
+            sa.select(_cubes)
+            .where(
+                _cubes.c.id > after,
+                _cubes.c.id < before,
+                _cubes.c.searchable,
+                _cubes.c.shape == str(Shape.LEAF),
+                _cubes.c.text != "",
+                schema.unexpired(now),
+            )
+            .order_by(_cubes.c.id)
+            .limit(limit)
+        )
+        with self._database.reading() as connection:
+            return [cube_of(row) for row in connection.execute(query).mappings()]
+
     @staticmethod
     def _live(
         connection: sa.Connection,
@@ -933,7 +1064,23 @@ _USE = (
 )
 
 
-def _as_it_was(row: Mapping[Any, Any], past: Mapping[Any, Any]) -> MemCube:
+_NOTHING: dict[str, Any] = {
+    "text": "",
+    "user_id": None,
+    "agent_id": None,
+    "run_id": None,
+    "role": None,
+    "speaker": None,
+    "tags": [],
+    "metadata": {},
+    "sources": [],
+    "members": [],
+    "event_time": None,
+}
+"""What a wiped cube holds."""
+
+
+def as_it_was(row: Mapping[Any, Any], past: Mapping[Any, Any]) -> MemCube:
     """The cube with the content of one of its versions."""
     held = row["indexed_version"] if past["version"] == row["version"] else 0
     content = {name: past[name] for name in ("version", "text", "members", "tags", "metadata")}
@@ -943,7 +1090,7 @@ def _as_it_was(row: Mapping[Any, Any], past: Mapping[Any, Any]) -> MemCube:
 def _decayed(rate: float, last_used_at: int | None, at: int) -> float:
     if last_used_at is None:
         return rate
-    return rate * 0.5 ** (max(0, at - last_used_at) / 1e6 / HALF_LIFE_S)
+    return rate * fraction_left(timedelta(microseconds=at - last_used_at), RATE_HALF_LIFE)
 
 
 def _absorb(row: dict[str, Any], repeats: Sequence[Draft]) -> None:
@@ -1062,6 +1209,10 @@ def _wipe(
     for start in range(0, len(rows), _CHUNK):
         ids = [row["id"] for row in rows[start : start + _CHUNK]]
         going = set(ids)
+        note_forgotten(connection, ids, now)
+        drop_log(connection, ids)
+        drop_proposals(connection, ids)
+        doom_archives(connection, ids)
         drop_rows(connection, ids)
         retire_holders(connection, ids, now)
         holders = sa.select(link.c.composite).where(link.c.member.in_(ids))
@@ -1081,24 +1232,34 @@ def _wipe(
             sa.update(_cubes)
             .where(_cubes.c.id.in_(ids))
             .values(
-                text="",
+                **_NOTHING,
                 content_hash=None,
-                user_id=None,
-                agent_id=None,
-                run_id=None,
-                role=None,
-                speaker=None,
-                tags=[],
-                metadata={},
-                sources=[],
-                members=[],
-                event_time=None,
                 expires_at=None,
                 state=str(state),
                 searchable=False,
                 indexed_version=STALE,
                 indexed_as=None,
                 updated_at=micros(now),
+                changed_at=micros(now),
+            )
+        )
+
+
+def _expire(connection: sa.Connection, rows: Sequence[Mapping[str, Any]], now: datetime) -> None:
+    """Take cubes whose time is over out of everything but their own rows."""
+    for start in range(0, len(rows), _CHUNK):
+        ids = [row["id"] for row in rows[start : start + _CHUNK]]
+        note_forgotten(connection, ids, now)
+        drop_rows(connection, ids)
+        retire_holders(connection, ids, now)
+        connection.execute(
+            sa.update(_cubes)
+            .where(_cubes.c.id.in_(ids))
+            .values(
+                state=str(State.EXPIRED),
+                content_hash=None,
+                searchable=False,
+                indexed_version=STALE,
                 changed_at=micros(now),
             )
         )
@@ -1129,16 +1290,28 @@ def _walk(
     return found[:MAX_LINEAGE]
 
 
-def _replay(connection: sa.Connection, tenant: TenantId, idempotency: Idempotency) -> Added | None:
+def remembered(
+    connection: sa.Connection, tenant: TenantId, idempotency: Idempotency
+) -> dict[str, Any] | None:
+    """The outcome of an earlier request with this key; None where there was none.
+
+    Raises:
+        IdempotencyMismatch: the key belongs to another request.
+    """
     table = schema.idempotency
     row = connection.execute(
         sa.select(table).where(table.c.tenant == tenant, table.c.key == idempotency.key)
     ).first()
-    if row is None:
-        return None
-    if row.body_hash != idempotency.body_hash:
+    if row is not None and row.body_hash != idempotency.body_hash:
         raise IdempotencyMismatch(idempotency.key)
-    entries = row.outcome["results"]
+    return None if row is None else row.outcome
+
+
+def _replay(connection: sa.Connection, tenant: TenantId, idempotency: Idempotency) -> Added | None:
+    outcome = remembered(connection, tenant, idempotency)
+    if outcome is None:
+        return None
+    entries = outcome["results"]
     wanted = {id: version for id, _, version in entries}
     ids = sorted(wanted)
     cubes: dict[str, MemCube] = {}
@@ -1147,19 +1320,26 @@ def _replay(connection: sa.Connection, tenant: TenantId, idempotency: Idempotenc
         # Deleted ones too: a retry answers as the first time did, whatever happened since. Nothing
         # is left of their content, though.
         query = sa.select(_cubes).where(_cubes.c.tenant == tenant, _cubes.c.id.in_(part))
-        present = {found["id"]: found for found in connection.execute(query).mappings()}
+        present = {found["id"]: dict(found) for found in connection.execute(query).mappings()}
+        for found in present.values():
+            if found["state"] == State.EXPIRED:
+                found.update(_NOTHING)
         cubes |= {id: cube_of(found) for id, found in present.items()}
-        changed = [id for id, found in present.items() if found["version"] != wanted[id]]
+        changed = [
+            id
+            for id, found in present.items()
+            if found["version"] != wanted[id] and found["state"] != State.EXPIRED
+        ]
         query = sa.select(_versions).where(_versions.c.cube.in_(changed))
         for past in connection.execute(query).mappings() if changed else ():
             if past["version"] == wanted[past["cube"]]:
-                cubes[past["cube"]] = _as_it_was(present[past["cube"]], past)
+                cubes[past["cube"]] = as_it_was(present[past["cube"]], past)
     return Added(
         results=tuple(
             AddResult(cube=cubes[id], event=event, version=version)
             for id, event, version in entries
         ),
-        groups=tuple(row.outcome["groups"]),
+        groups=tuple(outcome["groups"]),
         replayed=True,
     )
 
@@ -1172,22 +1352,35 @@ def _remember(
     groups: Sequence[int],
     now: datetime,
 ) -> None:
+    outcome = {
+        "results": [[r.cube.id, r.event, r.version] for r in results],
+        "groups": list(groups),
+    }
+    remember(connection, tenant, idempotency, outcome, now)
+
+
+def remember(
+    connection: sa.Connection,
+    tenant: TenantId,
+    idempotency: Idempotency,
+    outcome: Mapping[str, Any],
+    now: datetime,
+) -> None:
+    """Keep a request's outcome, without any text, for its retries."""
     connection.execute(
         sa.insert(schema.idempotency),
         {
             "tenant": tenant,
             "key": idempotency.key,
             "body_hash": idempotency.body_hash,
-            "outcome": {
-                "results": [[r.cube.id, r.event, r.version] for r in results],
-                "groups": list(groups),
-            },
+            "outcome": dict(outcome),
             "created_at": micros(now),
         },
     )
 
 
-def _cursor(value: str) -> str:
+def cursor_of(value: str) -> str:
+    """The cursor of a list that goes on behind a value."""
     return base64.urlsafe_b64encode(value.encode()).decode().rstrip("=")
 
 
@@ -1196,7 +1389,12 @@ def _cursor_value(cursor: str) -> str:
     return base64.b64decode(padded, altchars=b"-_", validate=True).decode()
 
 
-def _cursor_id(cursor: str) -> str:
+def cursor_id(cursor: str) -> str:
+    """The id behind which a list goes on.
+
+    Raises:
+        BadRequest: no cursor of such a list.
+    """
     try:
         return str(UUID(_cursor_value(cursor)))
     except ValueError:

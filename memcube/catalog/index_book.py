@@ -15,9 +15,10 @@ from sqlalchemy.dialects import postgresql, sqlite
 from memcube.catalog import schema
 from memcube.catalog.engine import Database
 from memcube.catalog.rows import cube_of
-from memcube.catalog.schema import micros, moment_or_none
+from memcube.catalog.schema import micros, moment, moment_or_none
 from memcube.cube import MemCube
 from memcube.ids import CubeId, TenantId
+from memcube.scheduler.actions import shard_location
 
 STALE = -1
 TIER, MEDIUM = "plaintext", "disk"
@@ -33,6 +34,18 @@ class Removal:
     tenant: TenantId
     id: CubeId
     version: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wanted:
+    """A cube that the index should hold, and when index work last arose for it. One whose time is over
+    is about to be taken out."""
+
+    tenant: TenantId
+    id: CubeId
+    version: int
+    changed_at: datetime
+    unexpired: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,12 +71,12 @@ class IndexBook:
         *,
         sizes: Mapping[CubeId, int],
         index: str,
-        location: str,
+        shard: int,
         epoch: int,
         now: datetime,
     ) -> None:
-        """Note that the index holds these versions, of ``sizes`` bytes. A cube that moved on meanwhile
-        is left pending."""
+        """Note that a shard's index holds these versions, of ``sizes`` bytes. A cube that moved on meanwhile
+        is left pending; so are all where the tenant lies in another shard by now."""
         if not versions:
             return
         rows = [
@@ -75,7 +88,7 @@ class IndexBook:
                 "b_id": id,
                 "b_tenant": tenant,
                 "b_version": version,
-                "b_location": location,
+                "b_location": shard_location(shard),
                 "b_size": sizes[id],
                 "b_epoch": epoch,
                 "b_now": micros(now),
@@ -83,7 +96,12 @@ class IndexBook:
             for id, version in versions.items()
         ]
 
+        mine = sa.select(schema.tenants.c.shard).where(schema.tenants.c.id == tenant)
+
         def work(connection: sa.Connection) -> None:
+            # Held until the rows stand, so that no move of the tenant passes between.
+            if connection.scalar(mine.with_for_update(read=True)) != shard:
+                return
             connection.execute(_MARK, rows)
             self._upsert_residency(connection, resident)
 
@@ -202,6 +220,58 @@ class IndexBook:
         with self._database.reading() as connection:
             for row in connection.execute(query.execution_options(yield_per=2000)):
                 yield TenantId(row.tenant), CubeId(row.id), row.indexed_version
+
+    def wanted(self, *, shard: int, after: str, limit: int, now: datetime) -> list[Wanted]:
+        """The next cubes behind an id that the index of a shard should hold."""
+        query = (
+            sa.select(
+                _cubes.c.tenant,
+                _cubes.c.id,
+                _cubes.c.version,
+                _cubes.c.changed_at,
+                schema.unexpired(now).label("unexpired"),
+            )
+            .join(schema.tenants, schema.tenants.c.id == _cubes.c.tenant)
+            .where(
+                schema.tenants.c.shard == shard,
+                _cubes.c.id > after,
+                _cubes.c.searchable,
+                _cubes.c.text != "",
+            )
+            .order_by(_cubes.c.id)
+            .limit(limit)
+        )
+        with self._database.reading() as connection:
+            return [
+                Wanted(
+                    tenant=TenantId(row.tenant),
+                    id=CubeId(row.id),
+                    version=row.version,
+                    changed_at=moment(row.changed_at),
+                    unexpired=bool(row.unexpired),
+                )
+                for row in connection.execute(query)
+            ]
+
+    def changed_since(
+        self, tenant: TenantId, ids: Iterable[CubeId], *, since: datetime
+    ) -> set[CubeId]:
+        """Those of the cubes for which index work has arisen since."""
+        wanted, found = list(ids), set[CubeId]()
+        with self._database.reading() as connection:
+            for start in range(0, len(wanted), 500):
+                query = sa.select(_cubes.c.id).where(
+                    _cubes.c.tenant == tenant,
+                    _cubes.c.id.in_(wanted[start : start + 500]),
+                    _cubes.c.changed_at > micros(since),
+                )
+                found.update(CubeId(id) for id in connection.execute(query).scalars())
+        return found
+
+    def exists(self, id: str) -> bool:
+        """Whether the catalog has ever known a cube, of whatever tenant, wiped or not."""
+        with self._database.reading() as connection:
+            return connection.scalar(sa.select(_cubes.c.id).where(_cubes.c.id == id)) is not None
 
     def stats(self, tenant: TenantId | None = None) -> Stats:
         """Counts by state and of waiting work."""

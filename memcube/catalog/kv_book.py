@@ -13,6 +13,7 @@ import sqlalchemy as sa
 
 from memcube.catalog import schema
 from memcube.catalog.engine import Database
+from memcube.catalog.placing import next_epochs
 from memcube.catalog.schema import micros
 from memcube.ids import CubeId, TenantId
 
@@ -35,6 +36,16 @@ class KvBook:
 
     def __init__(self, database: Database) -> None:
         self._database = database
+
+    def is_listed_on(self, node: str) -> bool:
+        """Whether KV of any cube is listed on a node, or in an engine there."""
+        at, places = schema.residency.c.location, f"{node}/"
+        query = sa.select(schema.residency.c.cube).where(
+            schema.residency.c.tier == TIER,
+            sa.or_(at == node, sa.func.substr(at, 1, len(places)) == places),
+        )
+        with self._database.reading() as connection:
+            return connection.execute(query.limit(1)).first() is not None
 
     def mark(
         self,
@@ -86,11 +97,12 @@ class KvBook:
                     for place in places
                 ]
                 connection.execute(sa.insert(schema.residency), rows)
+            _tell(connection, [id], now)
             return []
 
         return self._database.write(work)
 
-    def drop(self, tenant: TenantId, ids: Collection[CubeId]) -> None:
+    def drop(self, tenant: TenantId, ids: Collection[CubeId], *, now: datetime) -> None:
         """Note that nothing of these cubes, and of composites that hold them, lies in the tier."""
         wanted = sorted(ids)
 
@@ -99,15 +111,26 @@ class KvBook:
                 query = sa.select(_cubes.c.id).where(
                     _cubes.c.tenant == tenant, _cubes.c.id.in_(wanted[start : start + _CHUNK])
                 )
-                drop_rows(connection, connection.execute(query).scalars().all())
+                found = connection.execute(query).scalars().all()
+                drop_rows(connection, found)
+                _tell(connection, found, now)
 
         if wanted:
             self._database.write(work)
 
 
 def drop_rows(connection: sa.Connection, ids: Sequence[str]) -> None:
-    """Delete the rows of at most some hundred cubes and of all composites that hold them."""
+    """Delete the rows of at most some hundred cubes and of all composites that hold them. What the scheduler
+    has under way for them can't commit any more."""
     _delete(connection, and_above(ids))
+    next_epochs(connection, and_above(ids))
+
+
+def _tell(connection: sa.Connection, ids: Sequence[str], now: datetime) -> None:
+    """Let the scheduler look at these cubes and the composites above again (``WorldFeed.changed``)."""
+    connection.execute(
+        sa.update(_cubes).where(_cubes.c.id.in_(and_above(ids))).values(changed_at=micros(now))
+    )
 
 
 def and_above(ids: Sequence[str]) -> sa.Select[tuple[str]]:

@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from datetime import datetime
 from typing import Any
 
+import sqlalchemy as sa
+
 from memcube.catalog.schema import micros, micros_or_none, moment, moment_or_none
 from memcube.cube import (
     Descriptive,
@@ -20,8 +22,34 @@ from memcube.cube import (
     Usage,
     Version,
 )
+from memcube.errors import NotFound
 from memcube.ids import CubeId, TenantId
 from memcube.lifecycle import State
+
+
+def row_by_id(
+    connection: sa.Connection,
+    table: sa.Table,
+    id: str,
+    *,
+    what: str,
+    tenant: TenantId | None = None,
+    lock: bool = False,
+) -> Mapping[Any, Any]:
+    """The row of an id; with ``tenant``, of its own alone. ``lock`` holds it until the transaction ends.
+
+    Raises:
+        NotFound: there is none.
+    """
+    query = sa.select(table).where(table.c.id == id)
+    if tenant is not None:
+        query = query.where(table.c.tenant == tenant)
+    if lock:
+        query = query.with_for_update()
+    row = connection.execute(query).mappings().first()
+    if row is None:
+        raise NotFound(what, id[:64])
+    return row
 
 
 def cube_of(row: Mapping[Any, Any]) -> MemCube:

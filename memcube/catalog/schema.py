@@ -27,6 +27,29 @@ tenants = sa.Table(
     sa.Column("created_at", sa.BigInteger, nullable=False),
 )
 
+nodes = sa.Table(
+    "nodes",
+    metadata,
+    sa.Column("name", sa.String(255), primary_key=True),
+    sa.Column("labels", sa.JSON, nullable=False),
+    sa.Column("alive", sa.Boolean, nullable=False),
+    sa.Column("is_head", sa.Boolean, nullable=False),
+    sa.Column("draining", sa.Boolean, nullable=False, comment="takes nothing new; to be emptied"),
+    sa.Column("since", sa.BigInteger, nullable=False, comment="alive or draining changed"),
+    sa.Column("seen_at", sa.BigInteger, nullable=False),
+)
+
+shards = sa.Table(
+    "shards",
+    metadata,
+    sa.Column("shard", sa.Integer, primary_key=True, autoincrement=False),
+    sa.Column("home", sa.String(255), nullable=False, comment="the node it belongs on"),
+    sa.Column("node", sa.String(255), nullable=False, comment="where it was opened last"),
+    sa.Column("location", sa.Text, nullable=False, comment="of its files"),
+    sa.Column("epoch", sa.BigInteger, nullable=False, comment="0: it was never opened"),
+    sa.Column("updated_at", sa.BigInteger, nullable=False),
+)
+
 keys = sa.Table(
     "api_keys",
     metadata,
@@ -94,6 +117,7 @@ cubes = sa.Table(
     sa.Index("ix_cubes_scope", "tenant", "user_id", "agent_id", "run_id", "id"),
     sa.Index("ix_cubes_tenant_id", "tenant", "id"),
     sa.Index("ix_cubes_tenant_state", "tenant", "state"),
+    sa.Index("ix_cubes_changed_at", "changed_at"),
     sa.Index("uq_cubes_thread", "thread", "seq", unique=True),
     sa.Index(
         "ix_cubes_expires",
@@ -168,6 +192,7 @@ residency = sa.Table(
     sa.Column("size_bytes", sa.BigInteger, nullable=False),
     sa.Column("epoch", sa.BigInteger, nullable=False),
     sa.Column("updated_at", sa.BigInteger, nullable=False),
+    sa.Index("ix_residency_updated_at", "updated_at"),
 )
 
 idempotency = sa.Table(
@@ -207,6 +232,7 @@ adapter_versions = sa.Table(
     sa.Column("created_at", sa.BigInteger, nullable=False),
     sa.Column("activated_at", sa.BigInteger),
     sa.Column("retired_at", sa.BigInteger),
+    sa.Column("erased_at", sa.BigInteger, comment="when the files of a stale version were removed"),
     sa.Index(
         "uq_adapter_versions_serving",
         "adapter",
@@ -226,6 +252,235 @@ adapter_cubes = sa.Table(
     sa.ForeignKeyConstraint(
         ["adapter", "version"], ["adapter_versions.adapter", "adapter_versions.version"]
     ),
+)
+
+jobs = sa.Table(
+    "jobs",
+    metadata,
+    sa.Column("id", sa.String(36), primary_key=True),
+    sa.Column("tenant", sa.String(63), sa.ForeignKey("tenants.id"), nullable=False),
+    sa.Column("kind", sa.String(16), nullable=False),
+    sa.Column("key", sa.String(64), comment="one job of a tenant for each"),
+    sa.Column("state", sa.String(16), nullable=False),
+    sa.Column("spec", sa.JSON, nullable=False),
+    sa.Column("author", sa.Text, nullable=False),
+    sa.Column("held", sa.JSON, comment="the cubes that it works on, each in its version"),
+    sa.Column("progress", sa.JSON, nullable=False),
+    sa.Column("result", sa.JSON, comment="figures and names; no text of a memory"),
+    sa.Column("error", sa.Text),
+    sa.Column("attempts", sa.Integer, nullable=False),
+    sa.Column("is_cancelled", sa.Boolean, nullable=False, comment="asked for, and not yet done"),
+    sa.Column("epoch", sa.BigInteger, nullable=False, comment="grows with each runner"),
+    sa.Column("runner", sa.Text),
+    sa.Column("leased_until", sa.BigInteger, nullable=False),
+    sa.Column("keeps_files", sa.Boolean, nullable=False, comment="a folder or report is there"),
+    sa.Column("created_at", sa.BigInteger, nullable=False),
+    sa.Column("started_at", sa.BigInteger),
+    sa.Column("finished_at", sa.BigInteger),
+    sa.Index("uq_jobs_key", "tenant", "key", unique=True),
+    sa.Index("ix_jobs_tenant", "tenant", "id"),
+    sa.Index("ix_jobs_state", "state", "id"),
+)
+
+job_logs = sa.Table(
+    "job_logs",
+    metadata,
+    sa.Column("job", sa.String(36), sa.ForeignKey("jobs.id"), primary_key=True),
+    sa.Column("seq", sa.Integer, primary_key=True),
+    sa.Column("at", sa.BigInteger, nullable=False),
+    sa.Column("text", sa.Text, nullable=False, comment="no text of a memory"),
+)
+
+placements = sa.Table(
+    "placements",
+    metadata,
+    sa.Column("tenant", sa.String(63), sa.ForeignKey("tenants.id"), primary_key=True),
+    sa.Column("cube", sa.String(36), primary_key=True, comment="empty: all of the tenant"),
+    sa.Column("epoch", sa.BigInteger, nullable=False),
+    sa.Column("owner_medium", sa.String(16), comment="who takes its writes, where that was moved"),
+    sa.Column("owner_location", sa.String(512)),
+    sa.Column("updated_at", sa.BigInteger, nullable=False),
+    sa.Index("ix_placements_cube", "cube"),
+)
+
+actions = sa.Table(
+    "actions",
+    metadata,
+    sa.Column("id", sa.String(36), primary_key=True),
+    sa.Column("tenant", sa.String(63), sa.ForeignKey("tenants.id"), nullable=False),
+    sa.Column("cube", sa.String(36), nullable=False, comment="empty: all of the tenant"),
+    sa.Column("action", sa.String(16), nullable=False),
+    sa.Column("state", sa.String(16), nullable=False),
+    sa.Column("version", sa.Integer, nullable=False),
+    sa.Column("epoch", sa.BigInteger, nullable=False, comment="of the cube, when it was planned"),
+    sa.Column("tier", sa.String(16), nullable=False),
+    sa.Column("from_medium", sa.String(16)),
+    sa.Column("from_location", sa.String(512)),
+    sa.Column("to_medium", sa.String(16)),
+    sa.Column("to_location", sa.String(512)),
+    sa.Column("takes_over", sa.Boolean, nullable=False),
+    sa.Column("urgent", sa.Boolean, nullable=False),
+    sa.Column("num_bytes", sa.BigInteger, nullable=False),
+    sa.Column("checksum", sa.String(64)),
+    sa.Column("policy", sa.String(32), nullable=False),
+    sa.Column("reason", sa.Text, nullable=False),
+    sa.Column("outcome", sa.Text, nullable=False, comment="why it ended, or was put off"),
+    sa.Column("attempts", sa.Integer, nullable=False),
+    sa.Column("next_at", sa.BigInteger, nullable=False),
+    sa.Column(
+        "leader", sa.BigInteger, nullable=False, comment="epoch of the lease it is done under"
+    ),
+    sa.Column("created_at", sa.BigInteger, nullable=False),
+    sa.Column("updated_at", sa.BigInteger, nullable=False),
+    sa.Column("closed_at", sa.BigInteger),
+    sa.Index("ix_actions_tenant_id", "tenant", "id"),
+    sa.Index("ix_actions_cube", "cube", "id"),
+    sa.Index(
+        "uq_actions_open",
+        "tenant",
+        "cube",
+        unique=True,
+        sqlite_where=sa.text("closed_at IS NULL"),
+        postgresql_where=sa.text("closed_at IS NULL"),
+    ),
+    sa.Index("ix_actions_closed_at", "closed_at"),
+)
+
+tasks = sa.Table(
+    "tasks",
+    metadata,
+    sa.Column("id", sa.String(36), primary_key=True),
+    sa.Column("tenant", sa.String(63), sa.ForeignKey("tenants.id"), nullable=False),
+    sa.Column("kind", sa.String(32), nullable=False),
+    sa.Column("key", sa.String(64), nullable=False, comment="of what is to be done; open once"),
+    sa.Column("state", sa.String(16), nullable=False),
+    sa.Column("payload", sa.JSON, nullable=False),
+    sa.Column("result", sa.JSON),
+    sa.Column("priority", sa.Integer, nullable=False),
+    sa.Column("attempts", sa.Integer, nullable=False),
+    sa.Column("max_attempts", sa.Integer, nullable=False),
+    sa.Column("next_at", sa.BigInteger, nullable=False),
+    sa.Column("leader", sa.BigInteger, comment="epoch of the lease it is claimed under"),
+    sa.Column("error", sa.Text, nullable=False),
+    sa.Column("created_at", sa.BigInteger, nullable=False),
+    sa.Column("updated_at", sa.BigInteger, nullable=False),
+    sa.Column("closed_at", sa.BigInteger),
+    sa.Index("ix_tasks_tenant_id", "tenant", "id"),
+    sa.Index("ix_tasks_key", "kind", "key"),
+    sa.Index(
+        "uq_tasks_open",
+        "kind",
+        "key",
+        unique=True,
+        sqlite_where=sa.text("closed_at IS NULL"),
+        postgresql_where=sa.text("closed_at IS NULL"),
+    ),
+    sa.Index(
+        "ix_tasks_waiting",
+        "tenant",
+        "priority",
+        "next_at",
+        sqlite_where=sa.text("state = 'waiting'"),
+        postgresql_where=sa.text("state = 'waiting'"),
+    ),
+    sa.Index("ix_tasks_state", "state", "id"),
+    sa.Index("ix_tasks_closed_at", "closed_at"),
+)
+
+
+# -- lifecycle: what was when, what is pinned, archived or proposed --------------------------------
+
+cube_states = sa.Table(
+    "cube_states",
+    metadata,
+    sa.Column("id", sa.BigInteger().with_variant(sa.Integer, "sqlite"), primary_key=True),
+    sa.Column("cube", sa.String(36), sa.ForeignKey("cubes.id"), nullable=False),
+    sa.Column("at", sa.BigInteger, nullable=False),
+    sa.Column("state", sa.String(16), nullable=False, comment="that a move led to"),
+    sa.Index("ix_cube_states_cube", "cube", "at"),
+)
+
+forgotten = sa.Table(
+    "forgotten",
+    metadata,
+    sa.Column("cube", sa.String(36), sa.ForeignKey("cubes.id"), primary_key=True),
+    sa.Column("tenant", sa.String(63), sa.ForeignKey("tenants.id"), nullable=False),
+    sa.Column("at", sa.BigInteger, nullable=False),
+    sa.Column("user_id", sa.String(64), comment="a digest, as are the next two"),
+    sa.Column("agent_id", sa.String(64)),
+    sa.Column("run_id", sa.String(64)),
+    sa.Index("ix_forgotten_tenant", "tenant", "at"),
+)
+
+snapshots = sa.Table(
+    "snapshots",
+    metadata,
+    sa.Column("id", sa.String(36), primary_key=True),
+    sa.Column("tenant", sa.String(63), sa.ForeignKey("tenants.id"), nullable=False),
+    sa.Column("name", sa.Text, nullable=False),
+    sa.Column("user_id", sa.Text),
+    sa.Column("agent_id", sa.Text),
+    sa.Column("run_id", sa.Text),
+    sa.Column("at", sa.BigInteger, nullable=False),
+    sa.Column("created_at", sa.BigInteger, nullable=False),
+    sa.Column("author", sa.Text, nullable=False),
+    sa.Index("uq_snapshots_name", "tenant", "name", unique=True),
+)
+
+archives = sa.Table(
+    "archives",
+    metadata,
+    sa.Column("cube", sa.String(36), sa.ForeignKey("cubes.id"), primary_key=True),
+    sa.Column("sha256", sa.String(64), primary_key=True, comment="of the object's bytes"),
+    sa.Column("tenant", sa.String(63), sa.ForeignKey("tenants.id"), nullable=False),
+    sa.Column("version", sa.Integer, nullable=False),
+    sa.Column("content_sha256", sa.String(64), nullable=False, comment="of what it holds"),
+    sa.Column("size_bytes", sa.BigInteger, nullable=False),
+    sa.Column("created_at", sa.BigInteger, nullable=False),
+    sa.Column("doomed", sa.Boolean, nullable=False, comment="the object is to be removed"),
+    sa.Index(
+        "ix_archives_doomed",
+        "created_at",
+        sqlite_where=sa.text("doomed = 1"),
+        postgresql_where=sa.text("doomed"),
+    ),
+)
+
+cluster_events = sa.Table(
+    "cluster_events",
+    metadata,
+    sa.Column("id", sa.String(36), primary_key=True),
+    sa.Column("kind", sa.String(32), nullable=False),
+    sa.Column("node", sa.String(255), nullable=False, comment="empty: it is about none"),
+    sa.Column("reason", sa.Text, nullable=False),
+    sa.Column("at", sa.BigInteger, nullable=False),
+    sa.Index("ix_cluster_events_at", "at"),
+)
+
+proposals = sa.Table(
+    "proposals",
+    metadata,
+    sa.Column("id", sa.String(36), primary_key=True),
+    sa.Column("tenant", sa.String(63), sa.ForeignKey("tenants.id"), nullable=False),
+    sa.Column("kind", sa.String(16), nullable=False),
+    sa.Column("state", sa.String(16), nullable=False),
+    sa.Column("fingerprint", sa.String(64), nullable=False, comment="of the kind and the versions"),
+    sa.Column("text", sa.Text, nullable=False),
+    sa.Column("why", sa.JSON, nullable=False),
+    sa.Column("created_at", sa.BigInteger, nullable=False),
+    sa.Column("decided_at", sa.BigInteger),
+    sa.Column("decided_by", sa.Text),
+    sa.Column("result", sa.String(36), comment="the fused cube"),
+    sa.Index("uq_proposals_fingerprint", "tenant", "fingerprint", unique=True),
+    sa.Index("ix_proposals_state", "tenant", "state", "id"),
+)
+
+proposal_cubes = sa.Table(
+    "proposal_cubes",
+    metadata,
+    sa.Column("proposal", sa.String(36), sa.ForeignKey("proposals.id"), primary_key=True),
+    sa.Column("cube", sa.String(36), sa.ForeignKey("cubes.id"), primary_key=True, index=True),
+    sa.Column("version", sa.Integer, nullable=False),
 )
 
 

@@ -2,14 +2,16 @@
 ``AdaptersContract`` and give a ``catalog`` fixture: an empty, migrated catalog."""
 
 import contextlib
+import itertools
 from typing import Any
 
 import pytest
 
 from memcube.catalog import AdapterRecord, AdapterState, Catalog, NewAdapter
-from memcube.cube import Draft, MemCube, Scope
+from memcube.catalog.adapters import WRITTEN_BY
+from memcube.cube import Draft, MemCube, Origin, Parent, Relation, Scope
 from memcube.errors import BadRequest, Conflict, NotFound
-from memcube.ids import CubeId
+from memcube.ids import CubeId, TenantId
 from memcube.lifecycle import Event
 from memcube.testing.catalog_contract import (
     NOW,
@@ -23,6 +25,7 @@ from memcube.testing.catalog_contract import (
 )
 
 BASE = "f" * 64
+_files = itertools.count()
 
 
 def note(catalog: Catalog, *cubes: MemCube, name: str = "ann", **other: Any) -> AdapterRecord:
@@ -30,7 +33,7 @@ def note(catalog: Catalog, *cubes: MemCube, name: str = "ann", **other: Any) -> 
     about = {
         "scope": Scope(tenant=A, user_id="ann"),
         "base": BASE,
-        "sha256": "0" * 64,
+        "sha256": f"{next(_files):064x}",
         "size_bytes": 10,
         "rank": 16,
         "cubes": {cube.id: cube.version for cube in cubes},
@@ -80,6 +83,29 @@ class AdaptersContract:
         assert state(catalog, first) == ("retired", "superseded")
         assert [r.version for r in catalog.adapters.versions(A)] == [2, 1]
 
+    def test_what_serves_and_what_has_stopped_since(self, catalog: Catalog):
+        cube, passing = add_one(catalog), add_one(catalog, text="t", expires_at=at(20))
+        first, second = (note(catalog, cube) for _ in range(2))
+        other = note(catalog, passing, name="other", base="0" * 64)
+        for seconds, record in enumerate((first, second, other)):
+            activate(catalog, record, seconds=seconds)
+
+        def live(seconds: float) -> list[tuple[str, int]]:
+            found = catalog.adapters.live(A, now=at(seconds))
+            return sorted((record.line.name, record.version) for record in found)
+
+        def stopped(since: float) -> list[int]:
+            return [record.version for record in catalog.adapters.retired(A, since=at(since))]
+
+        assert live(5) == [("ann", 2), ("other", 1)]
+        assert live(21) == [("ann", 2)]
+        assert catalog.adapters.live(B, now=at(5)) == []
+        assert (stopped(1), stopped(2)) == ([1], [])
+        catalog.cubes.delete(A, cube.id, now=at(30))
+        assert live(30) == []
+        assert sorted(stopped(30)) == [1, 2]  # the superseded one is stale from then on
+        assert catalog.adapters.retired(B, since=at(0)) == []
+
     def test_a_rollback_lets_the_one_before_serve_again(self, catalog: Catalog):
         cube = add_one(catalog)
         records = [note(catalog, cube) for _ in range(3)]
@@ -116,9 +142,43 @@ class AdaptersContract:
         assert [state(catalog, record) for record in records] == [("retired", "stale")] * 2
         assert serving(catalog, "one") is None
         assert serving(catalog, "apart") == 1
-        assert {r.line.name for r in catalog.adapters.stale(A)} == {"one", "two"}
+        assert {r.line.name for r in catalog.adapters.to_train_anew()} == {"one", "two"}
         with pytest.raises(Conflict, match="stale"):
             activate(catalog, records[0])
+
+    def test_the_same_file_of_the_same_cubes_is_one_candidate(self, catalog: Catalog):
+        cube = add_one(catalog)
+        first = note(catalog, cube, sha256="a" * 64)
+        assert note(catalog, cube, sha256="a" * 64) == first
+        assert note(catalog, cube, sha256="b" * 64).version == 2
+        activate(catalog, note(catalog, cube, sha256="b" * 64))
+        assert note(catalog, cube, sha256="b" * 64).version == 3
+
+    def test_what_is_stale_is_trained_anew_until_a_later_version_was_activated(
+        self, catalog: Catalog
+    ):
+        leaf, other = add_one(catalog), add_one(catalog, "milk")
+        activate(catalog, note(catalog, leaf, other))
+        note(catalog, leaf, name="never-served")
+        catalog.cubes.delete(A, leaf.id, now=NOW)
+        assert [r.version for r in catalog.adapters.to_train_anew()] == [1]
+        second = note(catalog, other)
+        assert [r.version for r in catalog.adapters.to_train_anew()] == [1]
+        activate(catalog, second)
+        assert catalog.adapters.to_train_anew() == []
+        catalog.cubes.delete(A, other.id, now=NOW)
+        assert [r.version for r in catalog.adapters.to_train_anew()] == [2]
+
+    def test_files_of_stale_versions_are_to_be_erased_once(self, catalog: Catalog):
+        leaf, other = add_one(catalog), add_one(catalog, "milk")
+        gone = note(catalog, leaf, sha256="a" * 64)
+        note(catalog, other, sha256="a" * 64, name="two")
+        catalog.cubes.delete(A, leaf.id, now=NOW)
+        (found,) = catalog.adapters.to_erase()
+        assert (found.line.id, found.version) == (gone.line.id, 1)
+        assert catalog.adapters.is_shared(found)
+        catalog.adapters.erased(found, now=NOW)
+        assert catalog.adapters.to_erase() == []
 
     def test_a_change_that_leaves_the_text_leaves_the_adapter(self, catalog: Catalog):
         cube = add_one(catalog)
@@ -194,6 +254,31 @@ class AdaptersContract:
         assert catalog.adapters.versions(B) == []
         assert catalog.adapters.holding(B, cube.id) == []
         assert serving(catalog) == 1
+
+    def test_what_an_adapter_said_of_a_cube_is_found_by_the_cube(self, catalog: Catalog) -> None:
+        tea, milk = add_one(catalog, "tea"), add_one(catalog, "milk")
+
+        def child(text: str, **given: Any) -> MemCube:
+            edge = Parent(id=tea.id, version=1, relation=given.pop("relation", Relation.DERIVED))
+            about = {"origin": Origin.INFERENCE, "metadata": {WRITTEN_BY: "0" * 64}} | given
+            draft = Draft(text=text, user_id="ann", parents=(edge,), **about)
+            return catalog.cubes.add(A, [draft], author="k", now=NOW).results[0].cube
+
+        said = child("she likes tea")
+        child("by a reader", metadata={})
+        child("by a person", origin=Origin.USER_INPUT)
+        child("composed", relation=Relation.COMPOSED)
+        gone = child("she liked tea", expires_at=at(60))
+
+        def found(*cubes: MemCube, tenant: TenantId = A, seconds: float = 0) -> set[CubeId]:
+            ids = [cube.id for cube in cubes]
+            return {*catalog.adapters.written_back(tenant, ids, now=at(seconds))}
+
+        assert found(tea, milk) == {said.id, gone.id}
+        assert found(tea, seconds=60) == {said.id}
+        assert found(milk) == found() == found(tea, tenant=B) == set()
+        catalog.cubes.delete(A, said.id, now=NOW)
+        assert found(tea, seconds=60) == set()
 
     def test_it_serves_its_own_scope_and_base_alone(self, catalog: Catalog):
         ann, everyone = Scope(tenant=A, user_id="ann"), Scope(tenant=A)

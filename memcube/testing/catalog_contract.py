@@ -10,8 +10,9 @@ from typing import Any, TypeVar
 import pytest
 from sqlalchemy import event
 
-from memcube.catalog import Added, Catalog, Change, Idempotency, KvPlace, Role
+from memcube.catalog import Added, Catalog, Change, Idempotency, KvPlace, NodeSeen, Role
 from memcube.catalog.cubes import IDEMPOTENCY_KEPT_S, MAX_NESTING, MAX_SOURCES
+from memcube.catalog.fence import LEASE
 from memcube.catalog.schema import metadata
 from memcube.cube import Draft, MemCube, Parent, Relation, Shape, Source
 from memcube.errors import (
@@ -72,7 +73,7 @@ def index(catalog: Catalog, *cubes: MemCube, version: int | None = None) -> None
         {cube.id: cube.version if version is None else version for cube in cubes},
         sizes={cube.id: 100 for cube in cubes},
         index=INDEX,
-        location="shard-0",
+        shard=0,
         epoch=1,
         now=NOW,
     )
@@ -222,6 +223,49 @@ class CatalogContract:
         assert second.epoch == first.epoch + 1
         with pytest.raises(StaleEpoch):
             catalog.leases.renew(first, now=at(15), ttl_s=10)
+
+    def test_what_became_of_nodes_shards_and_the_lead_is_logged(self, catalog: Catalog):
+        epoch = catalog.leases.acquire(LEASE, "x", now=NOW, ttl_s=10).epoch
+        catalog.leases.acquire("another", "x", now=NOW, ttl_s=10)
+        book, log = catalog.shards, catalog.cluster_log
+        alone = [NodeSeen(name="a", labels={}, alive=True)]
+        book.note_nodes(alone, leader=epoch, now=at(1))
+        for n, is_up in enumerate((True, False, True), 2):
+            seen = [*alone, NodeSeen(name="b", labels={}, alive=is_up)]
+            book.note_nodes(seen, leader=epoch, now=at(n))
+        book.drain("b", True, now=at(5))
+        book.drain("b", True, now=at(6))
+        book.opened(0, node="a", location="x", epoch=2, now=at(7))
+        book.opened(0, node="b", location="y", epoch=1, now=at(8))  # it is late
+        book.note_nodes(alone, leader=epoch, now=at(9))
+        book.forget_node("b", now=at(10))
+        told = [(str(one.kind), one.node, one.at) for one in reversed(log.page())]
+        assert told == [
+            ("leader", "", NOW),
+            ("node_up", "a", at(1)),
+            ("node_up", "b", at(2)),
+            ("node_down", "b", at(3)),
+            ("node_up", "b", at(4)),
+            ("node_drains", "b", at(5)),
+            ("shard_opened", "a", at(7)),
+            ("node_down", "b", at(9)),
+            ("node_forgotten", "b", at(10)),
+        ]
+        newest, older = log.page(limit=2)
+        assert log.page(before=newest.id, limit=1) == [older]
+        assert log.get(older.id).reason == "it left, as it was to drain"
+        with pytest.raises(NotFound):
+            log.get("nothing")
+        assert log.prune(before=at(5)) == 5
+        assert len(log.page()) == 4
+
+    def test_a_lease_is_told_as_it_is_noted(self, catalog: Catalog):
+        assert catalog.leases.get("l") is None
+        assert catalog.leases.epoch("l") == 0
+        held = catalog.leases.acquire("l", "one", now=NOW, ttl_s=10)
+        assert catalog.leases.get("l") == held
+        held = catalog.leases.renew(held, now=at(60), ttl_s=10)
+        assert catalog.leases.get("l") == held
 
     def test_a_released_lease_is_free_at_once(self, catalog: Catalog):
         first = catalog.leases.acquire("scheduler", "x", now=NOW, ttl_s=10)
@@ -971,7 +1015,7 @@ class CatalogContract:
             {foreign.id: 1},
             sizes={foreign.id: 1},
             index=INDEX,
-            location="shard-0",
+            shard=0,
             epoch=1,
             now=NOW,
         )
@@ -995,7 +1039,7 @@ class CatalogContract:
             assert mark_kv(catalog, whole, leaf) == []
         assert kv_of(catalog, whole) == [("device", "node-1/engine-0", 1, 7)]
         assert kv_of(catalog, leaf) == []
-        catalog.kv.drop(A, [whole.id])
+        catalog.kv.drop(A, [whole.id], now=NOW)
         assert kv_of(catalog, whole) == []
 
     @pytest.mark.parametrize("how", ["update", "archive", "delete", "members", "drop", "fuse"])
@@ -1021,7 +1065,7 @@ class CatalogContract:
             third = add_one(catalog, "bread")
             catalog.cubes.fuse(A, [leaf.id, third.id], Draft(text="both"), author="key", now=NOW)
         else:
-            catalog.kv.drop(A, [leaf.id])
+            catalog.kv.drop(A, [leaf.id], now=NOW)
         assert kv_of(catalog, whole) == []
         assert kv_of(catalog, apart) != []
         if how != "delete":
@@ -1039,7 +1083,7 @@ class CatalogContract:
     def test_a_foreign_cubes_kv_stays_noted(self, catalog: Catalog):
         foreign = add_one(catalog, tenant=B)
         mark_kv(catalog, foreign)
-        catalog.kv.drop(A, [foreign.id])
+        catalog.kv.drop(A, [foreign.id], now=NOW)
         assert kv_of(catalog, foreign) != []
 
     def test_a_composite_without_text_is_never_pending(self, catalog: Catalog):

@@ -412,6 +412,19 @@ class PlaintextContract:
         await store.put(cubes)
         listed = {entry async for entry in store.versions()}
         assert listed == {(c.tenant, c.id, c.version) for c in cubes}
+        mine = {entry async for entry in store.versions(B)}
+        assert mine == {entry for entry in listed if entry[0] == B}
+
+    async def test_what_was_dropped_is_gone_and_may_be_put_again(self, store):
+        mine = [cube(f"t{i}", version=2) for i in range(3)]
+        other = cube("theirs", tenant=B)
+        await store.put([*mine, other])
+        assert await store.drop(A) == 3
+        assert [entry async for entry in store.versions()] == [(B, other.id, 1)]
+        assert await store.get(A, [c.id for c in mine]) == []
+        assert await store.drop(A) == 0
+        await store.put(mine)
+        assert [c.id for c in await store.get(A, [c.id for c in mine])] == [c.id for c in mine]
 
     @pytest.mark.parametrize(
         "vector",
