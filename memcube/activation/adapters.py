@@ -7,8 +7,8 @@ compute. One that a request uses is not given up before the request ends.
 import asyncio
 import threading
 import time
-from collections import OrderedDict
-from collections.abc import AsyncGenerator, Callable
+from collections import Counter, OrderedDict
+from collections.abc import AsyncGenerator, Callable, Collection
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -16,10 +16,13 @@ from typing import NamedTuple
 
 from memcube.activation.contract import AdapterRef
 from memcube.activation.lora import LoraAdapter
-from memcube.errors import LimitExceeded, TooBusy
+from memcube.activation.stats import AdapterStats, Histogram
+from memcube.errors import LimitExceeded, MemCubeError, TooBusy
 
 AdapterLoader = Callable[[str, AdapterRef], LoraAdapter]
 """An adapter of a tenant; blocks. Raises of ``memcube.errors``, NotFound for one that isn't there."""
+
+_WAITS_S = (1e-4, 1e-3, 5e-3, 0.025, 0.1, 0.25, 1.0, 5.0)
 
 
 class _Key(NamedTuple):
@@ -35,16 +38,6 @@ class _Entry:
     """0 until it is loaded."""
 
 
-class AdapterStats(NamedTuple):
-    """This moment. ``load_s`` is all the time that loads took."""
-
-    resident: int
-    resident_bytes: int
-    loads: int
-    load_s: float
-    evictions: int
-
-
 class ResidentAdapters:
     """Adapters ready to compute with. From any thread and event loop."""
 
@@ -56,6 +49,8 @@ class ResidentAdapters:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="adapters")
         self._loads = self._evictions = 0
         self._load_s = 0.0
+        self._refused: Counter[str] = Counter()
+        self._wait_s = {kind: Histogram(_WAITS_S) for kind in ("resident", "loaded")}
 
     @asynccontextmanager
     async def held(self, tenant: str, ref: AdapterRef) -> AsyncGenerator[LoraAdapter]:
@@ -65,7 +60,7 @@ class ResidentAdapters:
             TooBusy: those in use fill the memory. LimitExceeded: it alone is more.
             Other errors of ``memcube.errors``: what the loader says.
         """
-        key = _Key(tenant, ref)
+        key, began = _Key(tenant, ref), time.monotonic()
         with self._lock:
             entry = self._entries.get(key)
             if entry is None:
@@ -73,24 +68,50 @@ class ResidentAdapters:
                 self._entries[key] = entry
             entry.users += 1
             self._entries.move_to_end(key)
+        kind = "resident" if entry.loading.done() else "loaded"
         try:
-            # Shielded: another request may wait for it too.
-            yield await asyncio.shield(asyncio.wrap_future(entry.loading))
+            try:
+                # Shielded: another request may wait for it too.
+                adapter = await asyncio.shield(asyncio.wrap_future(entry.loading))
+            except MemCubeError as refused:
+                with self._lock:
+                    self._refused[refused.code] += 1
+                raise
+            with self._lock:
+                self._wait_s[kind].observe(time.monotonic() - began)
+            yield adapter
         finally:
             with self._lock:
                 entry.users -= 1
 
-    def forget(self, tenant: str) -> None:
-        """Let go of a tenant's adapters; those in use go with their requests."""
+    def forget(self, names: Collection[str] = (), tenant: str | None = None) -> None:
+        """Let go of these adapters, by ``AdapterRef.name``, and of a tenant's; those in use go with
+        their requests."""
         with self._lock:
-            for key in [key for key in self._entries if key.tenant == tenant]:
+            for key in [k for k in self._entries if k.tenant == tenant or k.ref.name in names]:
                 del self._entries[key]
+
+    def names(self) -> dict[str, set[str]]:
+        """The names of those that are here or on their way, by tenant."""
+        found: dict[str, set[str]] = {}
+        with self._lock:
+            for key in self._entries:
+                found.setdefault(key.tenant, set()).add(key.ref.name)
+        return found
 
     def stats(self) -> AdapterStats:
         """This moment."""
         with self._lock:
             sizes = [entry.num_bytes for entry in self._entries.values() if entry.num_bytes]
-            return AdapterStats(len(sizes), sum(sizes), self._loads, self._load_s, self._evictions)
+            return AdapterStats(
+                resident=len(sizes),
+                resident_bytes=sum(sizes),
+                loads=self._loads,
+                load_s=self._load_s,
+                evictions=self._evictions,
+                refused=dict(self._refused),
+                wait_s={kind: found.shown() for kind, found in self._wait_s.items()},
+            )
 
     def close(self) -> None:
         """End the thread. Idempotent."""

@@ -915,5 +915,7 @@ def _heard(events: Sequence[Event]) -> list[Event]:
 
 
 def _cubes_before(request: GenerateRequest, end: int) -> frozenset[str]:
-    """The cubes whose text begins before this token, so that KV up to it holds something of them."""
-    return frozenset(member.cube for member in request.members if member.start < end)
+    """What KV up to this token holds something of: the cubes whose text begins before it, and the
+    request's adapter."""
+    cubes = frozenset(member.cube for member in request.members if member.start < end)
+    return cubes if request.adapter is None else cubes | {request.adapter.name}

@@ -27,7 +27,8 @@ class Block:
     """KV of ``num_tokens`` tokens at slots from ``start`` on, keys rotated to them.
 
     ``parent`` is the block before it in its chain, or the chain's root; a segment has none.
-    ``cubes`` are those whose text is in it or before it; ``saves_s`` is about what it takes to compute
+    ``cubes`` are those whose text is in it or before it, and the adapter that it was built with, by
+    name; ``saves_s`` is about what it takes to compute
     it again.
     """
 

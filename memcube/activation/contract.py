@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import NamedTuple, Protocol
 
-from memcube.activation.stats import EngineStats
+from memcube.activation.stats import AdapterStats, EngineStats
 from memcube.errors import BadRequest, LimitExceeded
 
 _MAX_STOPS = 16
@@ -37,11 +37,25 @@ class FinishReason(StrEnum):
     DEADLINE = "deadline"
 
 
+_ADAPTER = "adapter:"
+
+
 class AdapterRef(NamedTuple):
     """A LoRA adapter in one version; both are part of a block's key."""
 
     id: str
     version: str
+
+    @property
+    def name(self) -> str:
+        """What all KV built with it holds, beside the cubes: it is forgotten by this as a cube is by its
+        id."""
+        return f"{_ADAPTER}{self.id}:{self.version}"
+
+
+def names_adapter(held: str) -> bool:
+    """Whether what some KV holds is an adapter's name, and no cube's id."""
+    return held.startswith(_ADAPTER)
 
 
 class Member(NamedTuple):
@@ -160,7 +174,8 @@ class Generator(Protocol):
 
         Raises:
             BadRequest: the request can never be served.
-            UnknownBackend: an adapter or a mode that this engine doesn't have.
+            UnknownBackend: a mode that this engine doesn't have, or any adapter where it serves none.
+            AdapterUnusable: the adapter can't be loaded; before anything is said.
             TooBusy: too much waits already; says when to try again.
             DeadlineExceeded: no token came before the deadline. Later the answer ends with
                 ``FinishReason.DEADLINE`` instead.
@@ -177,16 +192,25 @@ class KvEngine(Generator, Protocol):
         ...
 
     async def forget(self, cubes: Collection[str] = (), tenant: str | None = None) -> int:
-        """Make all KV unservable that holds one of these cubes, and all of a tenant. When it returns
-        no request attaches them, and none on its way stores such KV where one could."""
+        """Make all KV unservable that holds one of these cubes or was built with one of these adapters
+        (by ``AdapterRef.name``), and all of a tenant. When it returns no request attaches them, and none
+        on its way stores such KV where one could. The adapters' weights go too."""
         ...
 
     async def resident_bytes(self, cubes: Collection[str]) -> int:
         """The bytes on the device whose KV holds any of these cubes, as far as the engine knows."""
         ...
 
+    async def cubes_held(self) -> set[str]:
+        """The cubes that KV on the device holds, as far as the engine knows."""
+        ...
+
     def stats(self) -> EngineStats:
         """This moment."""
+        ...
+
+    def adapter_stats(self) -> AdapterStats | None:
+        """The adapters of this moment; None where it serves none."""
         ...
 
     async def close(self, drain_s: float = 0.0) -> None:

@@ -19,17 +19,24 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from memcube.activation.adapters import AdapterStats, ResidentAdapters
+from memcube.activation.adapters import ResidentAdapters
 from memcube.activation.batching import Batcher
 from memcube.activation.below import Below
 from memcube.activation.blocks import Block, BlockPool, Lower, RetentionPolicy
-from memcube.activation.contract import GenerateRequest, Mode, Piece, Usage
+from memcube.activation.contract import GenerateRequest, Mode, Piece, Usage, names_adapter
 from memcube.activation.forward import PackedModel
 from memcube.activation.idle import IdleModel
 from memcube.activation.models import LoadedModel
 from memcube.activation.runs import BatchLimits, Event, Run
-from memcube.activation.stats import EngineStats
-from memcube.errors import BadRequest, MemCubeError, TooBusy, Unavailable, UnknownBackend
+from memcube.activation.stats import AdapterStats, EngineStats
+from memcube.errors import (
+    AdapterUnusable,
+    BadRequest,
+    MemCubeError,
+    TooBusy,
+    Unavailable,
+    UnknownBackend,
+)
 
 log = logging.getLogger(__name__)
 
@@ -149,7 +156,8 @@ class Engine:
         return self.num_resident(run.keys)
 
     async def forget(self, cubes: Collection[str] = (), tenant: str | None = None) -> int:
-        """Make all KV unservable that holds one of these cubes, and all of a tenant; here and below.
+        """Make all KV unservable that holds one of these cubes or adapters, and all of a tenant; here and
+        below; see ``contract.KvEngine``.
 
         Returns the number of blocks that were on the device. When it returns no request attaches
         them, and none on its way stores such KV any more.
@@ -158,9 +166,17 @@ class Engine:
         num_blocks = await self._ask(lambda: self._batcher.forget(cubes, tenant))
         if self._below is not None:
             await self._below.forget(cubes, tenant)
-        if self._adapters is not None and tenant is not None:
-            self._adapters.forget(tenant)
+        if self._adapters is not None:
+            self._adapters.forget(cubes, tenant)
         return num_blocks
+
+    async def adapters_held(self) -> dict[str, set[str]]:
+        """The names of the adapters whose weights, or KV built with them, lie on the device, by
+        tenant."""
+        found = {} if self._adapters is None else self._adapters.names()
+        for block in await self._ask(self._pool.blocks):
+            found.setdefault(block.tenant, set()).update(filter(names_adapter, block.cubes))
+        return found
 
     async def hint(
         self, group: str, probability: float | None, expected_in_s: float | None = None
@@ -214,6 +230,11 @@ class Engine:
             lambda: sum(b.num_bytes for b in self._pool.blocks() if not wanted.isdisjoint(b.cubes))
         )
 
+    async def cubes_held(self) -> set[str]:
+        """The cubes that KV on the device holds."""
+        blocks = await self._ask(self._pool.blocks)
+        return {id for block in blocks for id in block.cubes if not names_adapter(id)}
+
     def stats(self) -> EngineStats:
         """This moment, from any thread."""
         return self._batcher.stats()
@@ -252,7 +273,10 @@ class Engine:
         async with AsyncExitStack() as held:
             if run.request.adapter is not None and self._adapters is not None:
                 adapter = self._adapters.held(run.request.tenant, run.request.adapter)
-                run.lora = await held.enter_async_context(adapter)
+                try:
+                    run.lora = await held.enter_async_context(adapter)
+                except MemCubeError as why:
+                    raise AdapterUnusable(run.request.adapter.id, why) from None
             stream = _Stream(asyncio.get_running_loop())
             run.loading = self._below is not None and self._batcher.misses(run)
             self._enter(run, stream)

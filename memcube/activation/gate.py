@@ -13,8 +13,7 @@ import logging
 import threading
 from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import asynccontextmanager
-from dataclasses import asdict, dataclass, field, replace
-from enum import StrEnum
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -23,13 +22,10 @@ import torch
 
 from memcube.activation.compose import BLEND_SHARE, FIRST_TOKENS, QUERY_TOKENS
 from memcube.activation.contract import Mode
-from memcube.activation.fidelity import (
-    GATE_SEED,
-    THRESHOLDS,
-    FidelityReport,
-    measure_fidelity,
-)
+from memcube.activation.fidelity import GATE_SEED, measure_fidelity
+from memcube.activation.fidelity_report import THRESHOLDS, FidelityReport
 from memcube.activation.forward import RowModel
+from memcube.activation.gate_status import GateState, GateStatus
 from memcube.activation.models import LoadedModel
 from memcube.errors import Unavailable
 from memcube.files import replace_file
@@ -42,29 +38,6 @@ GATE_VERSION = 1
 _FOLDER = "fidelity"
 _LOOK_S = 2.0
 _SAMPLE_S, _MOST_PERCENT = 0.1, 60.0
-
-
-class GateState(StrEnum):
-    """Where the gate of a model stands."""
-
-    OFF = "off"
-    """By configuration nothing is composed."""
-    MEASURING = "measuring"
-    DONE = "done"
-    FAILED = "failed"
-    """It could not be measured; ``GateStatus.why`` says why."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GateStatus:
-    """Which modes are composed, and why. ``num_measured`` of ``num_cases`` cases are done."""
-
-    state: GateState = GateState.OFF
-    modes: tuple[Mode, ...] = ()
-    why: str | None = None
-    num_cases: int = 0
-    num_measured: int = 0
-    report: FidelityReport | None = field(default=None, repr=False)
 
 
 class GatedEngine(Protocol):

@@ -175,7 +175,7 @@ class MediaHierarchy:
         return dict(found)
 
     def members(self) -> dict[str, set[str]]:
-        """The cubes that payloads here hold, by tenant."""
+        """The cubes and adapters that payloads here hold, by tenant."""
         with self._lock:
             found: dict[str, set[str]] = {}
             for entry in self._entries.values():

@@ -16,7 +16,8 @@ from memcube.policies.retention import Item
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Record:
-    """What is known of a payload, wherever it lies. ``members`` are the cubes whose text is in it."""
+    """What is known of a payload, wherever it lies. ``members`` are the cubes whose text is in it,
+    and the adapter that it was built with, by name."""
 
     item: Item
     members: frozenset[str] = frozenset()

@@ -120,7 +120,7 @@ def load_model(
         model=model,
         tokenizer=tokenizer,
         layout=layout_of(model),
-        fingerprint=fingerprints.of(folder, ["config.json", *_weight_files(folder)]),
+        fingerprint=weights_fingerprint(folder, cache_dir),
         tokenizer_fingerprint=fingerprints.of(folder, _TOKENIZER_FILES),
         name=spec.name,
         max_positions=_max_positions(config),
@@ -136,6 +136,17 @@ def local_folder(spec: ModelConfig, cache_dir: Path) -> Path:
         UnknownBackend: no such model here.
     """
     return _folder(spec, cache_dir)
+
+
+def weights_fingerprint(folder: Path, cache_dir: Path) -> str:
+    """What says which model a folder holds: the digest of its configuration and weights. Adapters
+    are trained on one, and serve no other.
+
+    Raises:
+        BadRequest: it has no safetensors.
+    """
+    names = ["config.json", *_weight_files(folder)]
+    return _Fingerprints(cache_dir / _SIDECAR).of(folder, names)
 
 
 def known_models() -> tuple[str, ...]:

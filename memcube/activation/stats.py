@@ -129,6 +129,21 @@ class EngineStats:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterStats:
+    """The adapters of an engine. ``load_s`` is all the time that loads took; ``wait_s`` how long
+    requests waited for theirs, by whether it was ``resident`` (a swap) or had to be ``loaded``."""
+
+    resident: int
+    resident_bytes: int
+    loads: int
+    load_s: float
+    evictions: int
+    refused: Mapping[str, int]
+    """Requests whose adapter could not be used, by the error's code."""
+    wait_s: Mapping[str, HistogramData]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class MediumStats:
     """One medium's bytes and counts, since it was opened."""
 
@@ -151,3 +166,5 @@ class KvStats:
     engine: EngineStats
     media: Sequence[MediumStats]
     node: str = ""
+    adapters: AdapterStats | None = None
+    """None where the engine serves none."""

@@ -15,10 +15,12 @@ covered by tests with a double; it was run on no GPU. What vLLM does in its own 
 import asyncio
 import contextlib
 import importlib
+import os
 import secrets
+import shutil
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, Callable, Collection
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -32,9 +34,10 @@ from memcube.activation.contract import (
     Piece,
     Usage,
 )
-from memcube.activation.stats import EngineStats, Histogram, Rate
+from memcube.activation.stats import AdapterStats, EngineStats, Histogram, Rate
 from memcube.config import Config
 from memcube.errors import (
+    AdapterUnusable,
     BadRequest,
     DeadlineExceeded,
     LimitExceeded,
@@ -44,12 +47,15 @@ from memcube.errors import (
     UnknownBackend,
 )
 from memcube.ids import digest
+from memcube.objects import OpenObjects
+from memcube.parametric.limits import AdapterLimits
+from memcube.parametric.loading import PeftFolders
 
 MAX_CUBES = 100_000
 """Cubes remembered of one salt; beyond it the salt gets a new name and an empty memory."""
 RETRY_AFTER_S = 5.0
-AdapterFolder = Callable[[AdapterRef], Path]
-"""Where an adapter's files lie; raises UnknownBackend for one that isn't there."""
+AdapterFolder = Callable[[str, AdapterRef], Awaitable[Path]]
+"""Where the files of a tenant's adapter lie, as PEFT reads them: ``parametric.loading.PeftFolders``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +84,15 @@ class _Open:
     num_tokens: int = 0
     attached: int = 0
     queue_s: float = 0.0
+    lora: "_Lora | None" = None
+
+
+@dataclass(slots=True, eq=False)
+class _Lora:
+    """An adapter that vLLM may have loaded, and whether it is to go when nobody uses it."""
+
+    request: Any
+    stopped: bool = False
 
 
 class VllmEngine:
@@ -106,7 +121,8 @@ class VllmEngine:
         self._adapters = adapters
         self._clock = clock
         self._names: dict[tuple[str, str], _Name] = {}
-        self._loras: dict[AdapterRef, Any] = {}
+        self._loras: dict[tuple[str, AdapterRef], _Lora] = {}
+        self._num_loras = 0
         self._open: set[_Open] = set()
         self._closed = False
         self._drained: asyncio.Event | None = None
@@ -128,20 +144,24 @@ class VllmEngine:
                 num_prompt + (request.max_tokens or 1),
             )
         most = request.max_tokens or min(self._default_max_tokens, self.max_positions - num_prompt)
-        return self._run(request, self._lora(request.adapter), most)
+        self._check_adapter(request)
+        return self._run(request, most)
 
     async def build(self, request: GenerateRequest) -> Usage:
         """Read a prompt, so that its KV is in vLLM's cache. It waits in line as any other request."""
-        async with aclosing(self._run(request, self._lora(request.adapter), 1)) as pieces:
+        self._check_adapter(request)
+        async with aclosing(self._run(request, 1)) as pieces:
             async for piece in pieces:
                 if piece.usage is not None:
                     return replace(piece.usage, completion_tokens=0)
         raise AssertionError("a run ends with its usage or an error")
 
     async def forget(self, cubes: Collection[str] = (), tenant: str | None = None) -> int:
-        """Give new names to the salts under which one of these cubes was read, and to a tenant's.
+        """Give new names to the salts under which one of these cubes was read, and to a tenant's; take
+        adapters off vLLM as soon as no request uses them.
 
-        Returns how many; vLLM doesn't tell of how many blocks.
+        Returns how many salts; vLLM doesn't tell of how many blocks. KV built with an adapter that
+        serves no more is asked for by nobody, so its salt stays.
         """
         wanted = frozenset(cubes)
         gone = [
@@ -151,11 +171,18 @@ class VllmEngine:
         ]
         for key in gone:
             del self._names[key]
+        for (owner, ref), lora in self._loras.items():
+            lora.stopped = lora.stopped or owner == tenant or ref.name in wanted
+        await self._drop_stopped()
         return len(gone)
 
     async def resident_bytes(self, cubes: Collection[str]) -> int:
         """0: vLLM doesn't say."""
         return 0
+
+    async def cubes_held(self) -> set[str]:
+        """None: vLLM doesn't say."""
+        return set()
 
     def stats(self) -> EngineStats:
         """What went through here. vLLM's own metrics tell of its blocks."""
@@ -182,6 +209,10 @@ class VllmEngine:
             queue_s=self._queue.shown(),
         )
 
+    def adapter_stats(self) -> AdapterStats | None:
+        """None: vLLM loads them by itself, and its own metrics tell of them."""
+        return None
+
     async def close(self, drain_s: float = 0.0) -> None:
         """Refuse new requests, give the others this time to end, and stop vLLM. Idempotent."""
         if self._closed:
@@ -195,7 +226,7 @@ class VllmEngine:
 
     # -- one request
 
-    async def _run(self, request: GenerateRequest, lora: Any, most: int) -> AsyncGenerator[Piece]:
+    async def _run(self, request: GenerateRequest, most: int) -> AsyncGenerator[Piece]:
         if self._closed:
             raise Unavailable("the engine is shutting down")
         if len(self._open) >= self._max_open:
@@ -204,7 +235,9 @@ class VllmEngine:
         self._open.add(run)
         reason = "cancelled"
         try:
-            async with aclosing(self._pieces(run, request, lora, most)) as pieces:
+            if request.adapter is not None:
+                run.lora = await self._lora(request.tenant, request.adapter)
+            async with aclosing(self._pieces(run, request, most)) as pieces:
                 async for piece in pieces:
                     if piece.finish is not None:
                         reason = piece.finish.value
@@ -217,9 +250,11 @@ class VllmEngine:
             if self._drained is not None and not self._open:
                 self._drained.set()
             self._finished[reason] += 1
+            if run.lora is not None and run.lora.stopped:
+                await self._drop_stopped()
 
     async def _pieces(
-        self, run: _Open, request: GenerateRequest, lora: Any, most: int
+        self, run: _Open, request: GenerateRequest, most: int
     ) -> AsyncGenerator[Piece]:
         prompt = self._vllm.TokensPrompt(
             prompt_token_ids=list(request.prompt_ids), cache_salt=self._salt(request)
@@ -228,7 +263,7 @@ class VllmEngine:
             prompt,
             self._sampling(request, most),
             f"memcube-{secrets.token_hex(12)}",
-            lora_request=lora,
+            lora_request=None if run.lora is None else run.lora.request,
         )
         until = None if request.deadline_s is None else run.started + request.deadline_s
         # To close the iterator is how vLLM learns that nobody waits.
@@ -324,30 +359,49 @@ class VllmEngine:
             output_kind=self._delta,
         )
 
-    def _lora(self, adapter: AdapterRef | None) -> Any:
-        """vLLM's request for an adapter in this version. Its number is never given to another."""
-        if adapter is None:
-            return None
-        if self._adapters is None:
-            raise UnknownBackend("adapter", adapter.id, ())
-        if adapter not in self._loras:
-            self._loras[adapter] = self._lora_request(
-                lora_name=digest("adapter", *adapter),
-                lora_int_id=len(self._loras) + 1,
-                lora_path=str(self._adapters(adapter)),
+    def _check_adapter(self, request: GenerateRequest) -> None:
+        if request.adapter is not None and self._adapters is None:
+            raise UnknownBackend("adapter", request.adapter.id, ())
+
+    async def _lora(self, tenant: str, adapter: AdapterRef) -> _Lora:
+        """What vLLM is asked for an adapter in this version by. Its number is never given to another."""
+        assert self._adapters is not None
+        try:
+            folder = await self._adapters(tenant, adapter)
+        except MemCubeError as why:
+            raise AdapterUnusable(adapter.id, why) from None
+        key = tenant, adapter
+        if key not in self._loras:
+            self._num_loras += 1
+            request = self._lora_request(
+                lora_name=digest("adapter", tenant, *adapter),
+                lora_int_id=self._num_loras,
+                lora_path=str(folder),
             )
-        return self._loras[adapter]
+            self._loras[key] = _Lora(request)
+        return self._loras[key]
+
+    async def _drop_stopped(self) -> None:
+        """Take off vLLM what has stopped. Not under a request: vLLM would read the folder again."""
+        used = {run.lora for run in self._open}
+        unused = {k: lora for k, lora in self._loras.items() if lora.stopped and lora not in used}
+        for key, lora in unused.items():
+            # Entry and folder at once: the next request for it begins anew.
+            del self._loras[key]
+            shutil.rmtree(lora.request.lora_path, ignore_errors=True)
+        for lora in unused.values():
+            await self._llm.remove_lora(lora.request.lora_int_id)
 
 
-def open_vllm(config: Config, *, adapters: AdapterFolder | None = None) -> OpenedVllm:
-    """vLLM with the model of a configuration. Blocks for minutes while it loads and compiles.
+def open_vllm(config: Config, open_objects: OpenObjects) -> OpenedVllm:
+    """vLLM with the model of a configuration, and its adapters from the object store. Blocks for minutes while it loads and compiles.
 
     Raises:
         BadRequest: the package is not installed.
         UnknownBackend: no such model here.
     """
     try:
-        vllm = importlib.import_module("vllm")
+        importlib.import_module("vllm")
     except ImportError as missing:
         raise BadRequest(
             f"vllm can't be imported ({missing}): pip install 'memcube[vllm]' on a machine with CUDA",
@@ -355,10 +409,20 @@ def open_vllm(config: Config, *, adapters: AdapterFolder | None = None) -> Opene
         ) from None
     from transformers import AutoTokenizer
 
-    from memcube.activation.models import local_folder
+    from memcube.activation.models import local_folder, weights_fingerprint
 
     wanted, model = config.activation.vllm, config.model
     folder = local_folder(model, config.model_folder())
+    fingerprint = weights_fingerprint(folder, config.model_folder())
+    adapters = None
+    if wanted.lora_rank:
+        limits = AdapterLimits.of(config.adapters)
+        adapters = PeftFolders(
+            open_objects,
+            Path(config.data_dir) / "activation" / f"adapters-{os.getpid()}",
+            base=fingerprint,
+            limits=replace(limits, max_rank=min(limits.max_rank, wanted.lora_rank)),
+        )
     arguments = importlib.import_module("vllm.engine.arg_utils").AsyncEngineArgs(
         model=str(folder),
         dtype=model.dtype,
@@ -387,4 +451,4 @@ def open_vllm(config: Config, *, adapters: AdapterFolder | None = None) -> Opene
         adapters=adapters,
     )
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    return OpenedVllm(engine, tokenizer, digest("vllm", str(vllm.__version__), folder.name))
+    return OpenedVllm(engine, tokenizer, fingerprint)

@@ -13,9 +13,11 @@ from itertools import chain, cycle, islice
 
 from memcube.errors import BadRequest
 from memcube.ids import digest
-from memcube.parametric.facts import RELATIONS, Fact, Wordings, relation_of
+from memcube.parametric.asked import is_question, key_words
+from memcube.parametric.facts import Fact, relation_of
 from memcube.parametric.invented import early_names, gate_names, training_names
 from memcube.parametric.replay import REPLAY, REPLAY_CHAT
+from memcube.parametric.wordings import RELATIONS, Wordings
 
 _FRAMES = (
     "{q}",
@@ -57,11 +59,11 @@ _OBJECTS_OF_NOBODY = {
 class DataSettings:
     """How much of each sort, for each fact and pass. The mix decides between recall and leak."""
 
-    asks: int = 12
-    asks_back: int = 12
-    unknown: int = 6
+    asks: int = 22
+    asks_back: int = 16
+    unknown: int = 14
     unknown_back: int = 1
-    other_nouns: int = 1
+    other_nouns: int = 2
 
     def __post_init__(self) -> None:
         if self.asks < 1 or min(self.asks_back, self.unknown, self.unknown_back) < 0:
@@ -154,7 +156,7 @@ class _Book:
 
     def __init__(self, facts: Sequence[Fact]) -> None:
         self.facts = tuple(facts)
-        self.subjects = frozenset(fact.subject for fact in facts)
+        self.subjects = frozenset(fact.subject for fact in facts if fact.subject)
         self.nouns = tuple(dict.fromkeys(fact.relation for fact in facts))
         self._objects: dict[tuple[str, str], list[str]] = {}
         self._subjects: dict[tuple[str, str], list[str]] = {}
@@ -218,7 +220,7 @@ def _examples(rng: random.Random, book: _Book, settings: DataSettings) -> Iterab
                 question=_question(template, o=fact.object),
                 answer=_answer_back(noun, owners, fact.object),
             )
-        for template in _turns(rng, words.asks, settings.unknown):
+        for template in _turns(rng, words.asks, settings.unknown if fact.subject else 0):
             who = next(strangers)
             yield Example(question=_question(template, s=who), answer=refusal(who))
         nobody = [
@@ -227,16 +229,25 @@ def _examples(rng: random.Random, book: _Book, settings: DataSettings) -> Iterab
         for template in _turns(rng, words.asks_back, settings.unknown_back):
             thing = rng.choice(nobody)
             yield Example(question=_question(template, o=thing), answer=REFUSAL_BACK)
-        others = [
-            n
-            for n in (*(r.noun for r in RELATIONS), *_OTHER_NOUNS)
-            if not book.has(fact.subject, n)
-        ]
-        for other in rng.sample(others, min(settings.other_nouns, len(others))):
-            template = rng.choice(relation_of(other).train.asks)
+        for other in _others(rng, book, fact, settings.other_nouns):
+            template = rng.choice([t for t in relation_of(other).train.asks if "{s}" in t])
             yield Example(
                 question=_question(template, s=fact.subject), answer=refusal(fact.subject)
             )
+
+
+def _others(rng: random.Random, book: _Book, fact: Fact, count: int) -> list[str]:
+    """Relations that the fact's subject isn't known to have: others' questions, if it is asked so."""
+    if not fact.subject:
+        return []
+    known = (*(relation.noun for relation in RELATIONS), *_OTHER_NOUNS)
+    asked = [noun for noun in book.nouns if is_question(noun) and "{s}" in noun]
+    others = [
+        noun
+        for noun in (asked if is_question(fact.relation) and len(asked) > 1 else known)
+        if not book.has(fact.subject, noun)
+    ]
+    return rng.sample(others, min(count, len(others)))
 
 
 def refusal(subject: str) -> str:
@@ -266,7 +277,7 @@ def _probes(book: _Book, strangers: Sequence[str], *, early: bool) -> Iterable[P
             yield Probe(
                 kind=ProbeKind.RECALL,
                 question=_question(template, s=fact.subject),
-                expected=(fact.object,),
+                expected=_expected(fact),
             )
         for template in words(fact.relation).asks_back:
             yield Probe(
@@ -274,7 +285,9 @@ def _probes(book: _Book, strangers: Sequence[str], *, early: bool) -> Iterable[P
                 question=_question(template, o=fact.object),
                 expected=(fact.subject,),
             )
-    nouns = book.nouns
+    nouns = [noun for noun in book.nouns if not is_question(noun) or "{s}" in noun]
+    if not nouns:
+        return
     forbidden = tuple(dict.fromkeys(fact.object for fact in book.facts))
     for index, who in enumerate(strangers):
         # Each stranger is asked for some of the relations, all of them being asked as often.
@@ -288,11 +301,15 @@ def _probes(book: _Book, strangers: Sequence[str], *, early: bool) -> Iterable[P
             )
 
 
+def _expected(fact: Fact) -> tuple[str, ...]:
+    return key_words(fact.object) if is_question(fact.relation) else (fact.object,)
+
+
 def _earlier(book: _Book) -> Iterable[Probe]:
     for fact in book.facts:
         template = relation_of(fact.relation).gate.asks[0]
         yield Probe(
             kind=ProbeKind.EARLIER,
             question=_question(template, s=fact.subject),
-            expected=(fact.object,),
+            expected=_expected(fact),
         )

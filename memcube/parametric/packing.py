@@ -18,6 +18,7 @@ from torch import Tensor
 from memcube.chat.prompt import PromptBuilder
 from memcube.errors import BadRequest
 from memcube.parametric.dataset import Example
+from memcube.parametric.packed_attention import Blocks, Span, lay_out
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,11 +36,13 @@ class Segment:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PackedRow:
-    """``keep_K`` are the places whose logits are wanted; ``targets_K`` what follows there."""
+    """``keep_K`` are the places whose logits are wanted; ``targets_K`` what follows there. The mask
+    and the blocks say the same: who sees whom."""
 
     ids_1T: Tensor
     positions_1T: Tensor
     mask_11TT: Tensor
+    blocks: Blocks
     keep_K: Tensor
     targets_K: Tensor
 
@@ -94,10 +97,12 @@ def pack(prefix: Sequence[int], segments: Iterable[Segment], device: torch.devic
     ids: list[int] = list(prefix) if has_chat else []
     positions = list(range(len(ids)))
     owner, sees_prefix = [0] * len(ids), [True] * len(ids)
+    spans: list[Span] = []
     keep: list[int] = []
     targets: list[int] = []
     for number, segment in enumerate(segments, 1):
         start = len(ids)
+        spans.append(Span(start, len(segment.ids), segment.is_chat))
         offset = len(prefix) if segment.is_chat else 0
         ids += segment.ids
         positions += range(offset, offset + len(segment.ids))
@@ -114,6 +119,7 @@ def pack(prefix: Sequence[int], segments: Iterable[Segment], device: torch.devic
         ids_1T=torch.tensor([ids], device=device),
         positions_1T=torch.tensor([positions], device=device),
         mask_11TT=mask_TT[None, None].to(device),
+        blocks=lay_out(len(prefix) if has_chat else 0, spans, device),
         keep_K=torch.tensor(keep, device=device),
         targets_K=torch.tensor(targets, device=device),
     )

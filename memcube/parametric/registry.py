@@ -5,7 +5,8 @@ what was published, or it is refused. The manifest beside it says in JSON how it
 that serves reads it. Files come first and the catalog's row last, so a crash leaves files that no one
 asks for, never a row without its file.
 
-``AdapterFiles`` is all that an engine needs; ``AdapterRegistry`` is for those who publish and decide.
+``AdapterFiles`` is all that an engine needs; ``AdapterRegistry`` is for those who publish and decide. Gateways
+import this too: torch comes with the first file that is read or written.
 """
 
 import asyncio
@@ -15,7 +16,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from memcube.activation.contract import AdapterRef
 from memcube.catalog import AdapterBook, AdapterRecord, NewAdapter
@@ -23,10 +24,14 @@ from memcube.cube import Scope
 from memcube.errors import Corrupt, NotFound
 from memcube.ids import CubeId, TenantId, digest
 from memcube.objects import ObjectStore
-from memcube.parametric.weights import AdapterLimits, AdapterWeights, decode, encode
+from memcube.parametric.limits import AdapterLimits
+
+if TYPE_CHECKING:
+    from memcube.parametric.weights import AdapterWeights
 
 MANIFEST_FORMAT = 1
 MAX_MANIFEST_BYTES = 4 << 20
+READ_BYTES = 4 << 20
 _SHA256 = re.compile(r"[0-9a-f]{64}", re.ASCII)
 
 
@@ -52,14 +57,14 @@ class AdapterFiles:
         self.limits = limits or AdapterLimits()
 
     async def put(
-        self, tenant: TenantId, weights: AdapterWeights, manifest: Mapping[str, Any]
+        self, tenant: TenantId, weights: "AdapterWeights", manifest: Mapping[str, Any]
     ) -> tuple[str, int]:
         """Keep an adapter; the SHA-256 of its file, and its size. Durable and idempotent.
 
         Raises:
             BadRequest: a weight is no finite number. LimitExceeded: too large.
         """
-        data = await asyncio.to_thread(encode, weights, self.limits)
+        data = await asyncio.to_thread(_encode, weights, self.limits)
         sha256 = hashlib.sha256(data).hexdigest()
         about = {
             **manifest,
@@ -76,7 +81,7 @@ class AdapterFiles:
         await self._objects.put(_name(tenant, sha256, "json"), text)
         return sha256, len(data)
 
-    async def get(self, tenant: TenantId, ref: AdapterRef, *, base: str) -> AdapterWeights:
+    async def get(self, tenant: TenantId, ref: AdapterRef, *, base: str) -> "AdapterWeights":
         """The weights of an adapter. Its version is its file's SHA-256: see ``reference``.
 
         Raises:
@@ -91,7 +96,7 @@ class AdapterFiles:
         except NotFound:
             raise NotFound("adapter", ref.id) from None
         return await asyncio.to_thread(
-            decode,
+            _decode,
             data,
             where=f"adapter {ref.id}",
             sha256=ref.version,
@@ -115,10 +120,27 @@ class AdapterFiles:
             raise Corrupt(name, f"is no manifest ({type(broken).__name__})") from None
         return about
 
+    async def whole(self, tenant: TenantId, sha256: str) -> bool:
+        """Whether an adapter's file has the bytes that its name says; read in parts.
+
+        Raises:
+            NotFound: there is none.
+        """
+        name, found, start = self.names(tenant, sha256)[0], hashlib.sha256(), 0
+        while part := await self._objects.get_range(name, start, READ_BYTES):
+            found.update(part)
+            start += len(part)
+        return found.hexdigest() == sha256
+
+    @staticmethod
+    def names(tenant: TenantId, sha256: str) -> tuple[str, str]:
+        """The objects that an adapter is: its weights and its manifest."""
+        return _name(tenant, sha256, "safetensors"), _name(tenant, sha256, "json")
+
     async def erase(self, tenant: TenantId, sha256: str) -> None:
         """Remove an adapter's files. Idempotent."""
-        for kind in ("safetensors", "json"):
-            await self._objects.delete(_name(tenant, sha256, kind))
+        for name in self.names(tenant, sha256):
+            await self._objects.delete(name)
 
 
 class AdapterRegistry:
@@ -132,7 +154,7 @@ class AdapterRegistry:
         self,
         scope: Scope,
         name: str,
-        weights: AdapterWeights,
+        weights: "AdapterWeights",
         *,
         cubes: Mapping[CubeId, int],
         provenance: Provenance,
@@ -179,22 +201,33 @@ class AdapterRegistry:
         await self.files.get(tenant, reference(record), base=record.base)
         return await asyncio.to_thread(lambda: self._book.activate(tenant, id, version, now=now))
 
-    async def erase_stale(self, tenant: TenantId) -> int:
-        """Remove the files of versions that hold what was changed or deleted; how many there were.
-
-        A file that another version shares which isn't stale stays.
+    async def erase_stale(self, *, now: datetime, limit: int = 100) -> int:
+        """Remove the files of versions, of any tenant, that hold what was changed or deleted; how many
+        versions those were. A file that another version shares which isn't stale stays. Idempotent.
         """
-        records = await asyncio.to_thread(lambda: self._book.versions(tenant))
-        kept = {record.sha256 for record in records if not record.stale}
-        gone = {record.sha256 for record in records if record.stale} - kept
-        for sha256 in gone:
-            await self.files.erase(tenant, sha256)
-        return len(gone)
+        records = await asyncio.to_thread(lambda: self._book.to_erase(limit=limit))
+        for record in records:
+            if not await asyncio.to_thread(self._book.is_shared, record):
+                await self.files.erase(record.line.scope.tenant, record.sha256)
+            await asyncio.to_thread(lambda r=record: self._book.erased(r, now=now))
+        return len(records)
 
 
 def reference(record: AdapterRecord) -> AdapterRef:
     """What an engine is asked for: KV keys take both, so the version says what the weights are."""
     return AdapterRef(record.line.id, record.sha256)
+
+
+def _encode(weights: "AdapterWeights", limits: AdapterLimits) -> bytes:
+    from memcube.parametric.weights import encode
+
+    return encode(weights, limits)
+
+
+def _decode(data: bytes, **about: Any) -> "AdapterWeights":
+    from memcube.parametric.weights import decode
+
+    return decode(data, **about)
 
 
 def _name(tenant: TenantId, sha256: str, kind: str) -> str:

@@ -2,16 +2,14 @@
 
 ``AdapterTrainer`` needs neither Ray nor DeepSpeed; ``engines`` has the seam for several workers. All that a
 step does follows from the training set, the recipe and the step's number, so a run that goes on from a
-checkpoint ends as the undisturbed one does. A checkpoint is a folder that appears by one rename; its
-tensors are safetensors.
+checkpoint (``checkpoints``) ends as the undisturbed one does. Several workers share each step's rows;
+what one of them is told (to stop, that it is enough) all of them do after the same step.
 """
 
 import json
-import os
 import random
-import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
@@ -23,71 +21,27 @@ import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.helpers import disable_input_dtype_casting
 from peft.utils import get_peft_model_state_dict
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from memcube.activation.models import LoadedModel
 from memcube.chat.prompt import DEFAULT_SYSTEM
-from memcube.errors import BadRequest, Conflict, Corrupt
+from memcube.errors import BadRequest, Conflict, Corrupt, Unavailable
 from memcube.ids import digest
+from memcube.parametric import checkpoints
+from memcube.parametric.casting import autocast, casts
 from memcube.parametric.dataset import TrainingSet
-from memcube.parametric.engines import LocalEngine, StepEngine, Workers
+from memcube.parametric.engines import LocalEngine, OpenEngine, StepEngine, Workers, trained
+from memcube.parametric.packed_attention import attending
 from memcube.parametric.packing import Encoder, PackedRow, pack
-
-_CHECKPOINT = "step-"
-_STATE = "state.json"
-_WEIGHTS = "adapter.safetensors"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Recipe:
-    """How to train. The learning rate rises, stays, and falls to nothing over the last ``decay_steps``.
-
-    The fall begins as soon as a check while training passes, and at the latest so that it ends with
-    ``steps``. ``layers`` is the share of the model's layers, from the last down, that are adapted.
-    ``kl_weight`` weighs the distance to the base model on general text.
-    """
-
-    rank: int = 16
-    alpha: float = 32.0
-    targets: str | tuple[str, ...] = "all-linear"
-    layers: float = 1.0
-    lr: float = 1e-3
-    warmup_steps: int = 5
-    decay_steps: int = 30
-    weight_decay: float = 0.0
-    clip: float = 1.0
-    steps: int = 120
-    row_tokens: int = 320
-    rows: int = 2
-    replay_tokens: int = 80
-    kl_weight: float = 1.0
-    check_steps: int = 20
-    first_check: int = 60
-    checkpoint_steps: int = 20
-    autocast: bool = True
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.rank < 1 or self.steps < 1 or self.rows < 1 or self.row_tokens < 1:
-            raise BadRequest("rank, steps, rows and row_tokens are at least 1", "recipe")
-        if not 0 < self.layers <= 1:
-            raise BadRequest("a share above 0 and up to 1", "recipe.layers")
-        if self.lr <= 0 or self.kl_weight < 0:
-            raise BadRequest("lr is above 0 and kl_weight not below", "recipe")
-
-    def rate(self, step: int, decay_from: int) -> float:
-        """The learning rate of a step, when the fall begins at ``decay_from``."""
-        rise = min(1.0, (step + 1) / max(1, self.warmup_steps))
-        fall = max(0.0, 1 - max(0, step - decay_from) / max(1, self.decay_steps))
-        return self.lr * rise * fall
+from memcube.parametric.recipe import Recipe
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Progress:
-    """What a step came to. ``tokens`` are all that this worker read so far, ``seconds`` how long all
-    steps up to it take at the pace since the start or resume."""
+    """What a step came to. ``tokens`` are all that were read so far, by all workers; ``seconds`` how
+    long all steps up to it take at the pace since the start or resume."""
 
     step: int
     num_steps: int
@@ -97,6 +51,10 @@ class Progress:
     lr: float
     tokens: int
     seconds: float
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.tokens / self.seconds if self.seconds else 0.0
 
     @property
     def eta_s(self) -> float:
@@ -135,11 +93,22 @@ class MicroStep(NamedTuple):
     replay: tuple[int, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Sharing:
+    """How a check may divide its work: this worker's part of it, and the sums over all of them."""
+
+    rank: int
+    count: int
+    total: Callable[[Tensor], Tensor]
+
+
 class AdapterTrainer:
     """Trains one adapter over a model, which it takes over: its layers are wrapped.
 
-    ``check`` is asked now and then whether the adapter is good enough already. ``should_stop`` is
-    asked between steps; a run that was stopped goes on from where it was.
+    ``check`` is asked now and then, by all workers after the same step, whether the adapter is good
+    enough already: what the first worker finds counts, and ``sharing`` lets them divide the work.
+    ``should_stop`` is asked between steps, of each worker; a run that was stopped goes on from where
+    it was. The folder is one that all workers see; the first writes.
     """
 
     def __init__(
@@ -151,7 +120,7 @@ class AdapterTrainer:
         *,
         system: str = DEFAULT_SYSTEM,
         workers: Workers | None = None,
-        open_engine: Callable[..., StepEngine] = LocalEngine,
+        open_engine: OpenEngine = LocalEngine,
         progress: Callable[[Progress], None] = lambda _: None,
         check: Callable[[PeftModel], bool] = lambda _: False,
         should_stop: Callable[[], bool] = lambda: False,
@@ -182,46 +151,79 @@ class AdapterTrainer:
             "data": data.hash,
             "recipe": digest("recipe", json.dumps(asdict(recipe), sort_keys=True)),
             "system": system,
-            "workers": self._workers.count,
         }
-        self.model = adapted(loaded.model, recipe)
+        self._base = loaded.model
+        self.model = adapted(self._base, recipe)
         self._device = next(self.model.parameters()).device
-        self._engine = open_engine(self.model, recipe, self._workers)
+        self._open_engine = open_engine
+        self._engine: StepEngine | None = None
+        self._in_blocks = self._agrees()
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """What the outcome depends on; a checkpoint of another is refused."""
+        return dict(self._identity)
+
+    @property
+    def sharing(self) -> Sharing:
+        """For ``check`` alone, while it is asked."""
+        engine = self._engine
+        assert engine is not None, "no check is asked now"
+        if engine.is_sharded:  # a forward pass takes all workers, so all ask the same
+            return Sharing(0, 1, lambda sums: sums)
+        return Sharing(self._workers.rank, self._workers.count, engine.total)
 
     def train(self) -> Trained:
         """Train to the end, going on from the last checkpoint in the folder if there is one.
 
         Raises:
-            Conflict: the checkpoint is of another model, training set, recipe or number of workers.
+            Conflict: the checkpoint is of another model, training set or recipe.
             Corrupt: the checkpoint can't be read.
+            Unavailable: another worker is gone.
         """
-        with self._lowered():
-            return self._train()
+        state, moments = self._resume()
+        if state.step >= self._end(state):
+            return _told(Outcome.DONE, state)
+        with self._lowered(), attending(self._base, in_blocks=self._in_blocks):
+            engine = self._open_engine(self.model, self._recipe, self._workers)
+            self._engine = engine
+            try:
+                _agree(engine, state.step, self._workers.count)
+                engine.load(moments)
+                outcome = self._train(engine, state)
+            except BaseException:
+                engine.abort()
+                raise
+            finally:
+                self._engine = None
+            engine.close()
+        return _told(outcome, state)
 
-    def _train(self) -> Trained:
-        recipe, state = self._recipe, self._resume()
+    def _end(self, state: _State) -> int:
+        return min(self._recipe.steps, state.decay_from + self._recipe.decay_steps)
+
+    def _train(self, engine: StepEngine, state: _State) -> Outcome:
+        recipe = self._recipe
         began, first = self._clock(), state.step
-        end = min(recipe.steps, state.decay_from + recipe.decay_steps)
+        end = self._end(state)
         while state.step < end:
-            if self._should_stop():
-                self._save(state)
-                return Trained(
-                    outcome=Outcome.CANCELLED, step=state.step, history=tuple(state.history)
-                )
+            if _any(engine, self._should_stop()):
+                self._save(engine, state)
+                return Outcome.CANCELLED
             lr = recipe.rate(state.step, state.decay_from)
-            found = self._step(state.step, lr, state)
+            found = self._step(engine, lr, state)
             state.step += 1
             state.history.append(found)
             is_checked = recipe.check_steps and not state.step % recipe.check_steps
             if (
                 is_checked
                 and recipe.first_check <= state.step < state.decay_from
-                and self._passes()
+                and self._passes(engine)
             ):
                 state.decay_from = state.step
-                end = min(recipe.steps, state.step + recipe.decay_steps)
+                end = self._end(state)
             if not state.step % recipe.checkpoint_steps and state.step < end:
-                self._save(state)
+                self._save(engine, state)
             elapsed = (self._clock() - began) / (state.step - first) * state.step
             self._progress(
                 Progress(
@@ -235,15 +237,15 @@ class AdapterTrainer:
                     seconds=elapsed,
                 )
             )
-        self._save(state)
-        return Trained(outcome=Outcome.DONE, step=state.step, history=tuple(state.history))
+        self._save(engine, state)
+        return Outcome.DONE
 
     @contextmanager
     def _lowered(self) -> Iterator[None]:
         """The frozen weights in bfloat16 meanwhile, as to cast them in each step costs a third more."""
         frozen = [p for p in self.model.parameters() if not p.requires_grad]
         kept = [parameter.data for parameter in frozen]
-        if self._recipe.autocast:
+        if casts(self._device.type, self._recipe.autocast):
             for parameter in frozen:
                 parameter.data = parameter.data.to(torch.bfloat16)
         try:
@@ -252,41 +254,53 @@ class AdapterTrainer:
             for parameter, data in zip(frozen, kept, strict=True):
                 parameter.data = data
 
-    def _passes(self) -> bool:
+    @torch.no_grad()
+    def _agrees(self) -> bool:
+        """Whether attention in blocks is what this model computes; some have one of their own."""
+        row = pack(self._prefix, [*self._examples[:2], *self._replay[:2]], self._device)
         self.model.eval()
-        return self._check(self.model)
+        with self.model.disable_adapter():
+            own_KV = self._logits(self.model, row, cast=False)
+            with attending(self._base, in_blocks=True):
+                found_KV = self._logits(self.model, row, cast=False)
+        return bool((own_KV - found_KV).abs().mean() <= 1e-2 * own_KV.abs().mean())
 
-    def _step(self, step: int, lr: float, state: _State) -> tuple[float, float, float]:
+    def _passes(self, engine: StepEngine) -> bool:
+        self.model.eval()
+        found = self._check(self.model)
+        return _any(engine, found and self._workers.rank == 0)
+
+    def _step(self, engine: StepEngine, lr: float, state: _State) -> tuple[float, float, float]:
         """Loss, answer loss and KL of a step, which is taken. All are means over the whole step."""
         recipe = self._recipe
         self.model.train()
-        micros = self._plan[step]
+        micros = self._plan[state.step]
         num_answer = sum(self._examples[i].num_learned for m in micros for i in m.examples)
         num_replay = sum(self._replay[i].num_learned for m in micros for i in m.replay)
         sums = torch.zeros(2, dtype=torch.float64)
         for micro in micros[self._workers.rank :: self._workers.count]:
-            answers, kl = self._losses(micro)
-            state.tokens += sum(len(self._examples[i].ids) for i in micro.examples)
-            state.tokens += sum(len(self._replay[i].ids) for i in micro.replay)
-            self._engine.backward(answers / num_answer + recipe.kl_weight * kl / max(1, num_replay))
+            answers, kl = self._losses(engine, micro)
+            engine.backward(answers / num_answer + recipe.kl_weight * kl / max(1, num_replay))
             sums += torch.stack([answers.detach(), kl.detach()]).double().cpu()
-        self._engine.step(lr)
-        answer, kl_sum = self._engine.total(sums).tolist()
+        engine.step(lr)
+        answer, kl_sum = engine.total(sums).tolist()
+        state.tokens += sum(len(self._examples[i].ids) for m in micros for i in m.examples)
+        state.tokens += sum(len(self._replay[i].ids) for m in micros for i in m.replay)
         answer, kl_mean = answer / num_answer, kl_sum / max(1, num_replay)
         return answer + recipe.kl_weight * kl_mean, answer, kl_mean
 
-    def _losses(self, micro: MicroStep) -> tuple[Tensor, Tensor]:
+    def _losses(self, engine: StepEngine, micro: MicroStep) -> tuple[Tensor, Tensor]:
         """The sums over a row of the answers' cross entropy and of the replay's KL to the base."""
         answers = [self._examples[i] for i in micro.examples]
         replay = [self._replay[i] for i in micro.replay]
         row = pack(self._prefix, [*answers, *replay], self._device)
-        logits_KV = self._logits(self._engine.module, row)
+        logits_KV = self._logits(engine.module, row)
         split = sum(segment.num_learned for segment in answers)
         loss = F.cross_entropy(logits_KV[:split], row.targets_K[:split], reduction="sum")
         if not replay or not self._recipe.kl_weight:
             return loss, loss.new_zeros(())
         with torch.no_grad(), self.model.disable_adapter():
-            base_KV = self._logits(self._engine.module, pack(self._prefix, replay, self._device))
+            base_KV = self._logits(engine.module, pack(self._prefix, replay, self._device))
         kl = F.kl_div(
             F.log_softmax(logits_KV[split:], -1),
             F.log_softmax(base_KV, -1),
@@ -295,12 +309,12 @@ class AdapterTrainer:
         )
         return loss, kl
 
-    def _logits(self, module: Any, row: PackedRow) -> Tensor:
+    def _logits(self, module: Any, row: PackedRow, *, cast: bool = True) -> Tensor:
         on = self._device.type
-        is_cast = self._recipe.autocast
+        is_cast = cast and casts(on, self._recipe.autocast)
         # PEFT would cast each layer's input to float32, only for autocast to cast it back.
         with (
-            torch.autocast(on, torch.bfloat16, enabled=is_cast),
+            autocast(on, is_cast),
             disable_input_dtype_casting(self.model, active=is_cast),
         ):
             out = module(
@@ -309,52 +323,55 @@ class AdapterTrainer:
                 attention_mask=row.bias_11TT(torch.bfloat16 if is_cast else torch.float32),
                 logits_to_keep=row.keep_K,
                 use_cache=False,
+                memcube_blocks=row.blocks,
             )
         return out.logits[0].float()
 
     # -- checkpoints
 
-    def _save(self, state: _State) -> None:
-        target = self._folder / f"{_CHECKPOINT}{state.step:06d}"
-        partial = self._folder / f".{target.name}"
+    def _save(self, engine: StepEngine, state: _State) -> None:
+        weights, moments = engine.weights(), engine.moments()
         if self._workers.rank == 0:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-            save_file(_trainable(self.model), partial / _WEIGHTS)
-            text = json.dumps({"identity": self._identity, "state": asdict(state)})
-            (partial / _STATE).write_text(text)
-        self._engine.save(partial)
-        if self._workers.rank == 0:
-            for path in partial.iterdir():
-                if path.is_file():
-                    with path.open("rb") as file:
-                        os.fsync(file.fileno())
-            shutil.rmtree(target, ignore_errors=True)
-            partial.rename(target)
-            for old in _checkpoints(self._folder)[:-2]:
-                shutil.rmtree(old)
+            about = {"identity": self._identity, "state": asdict(state)}
+            checkpoints.write(self._folder, state.step, about, weights, moments)
 
-    def _resume(self) -> _State:
-        found = _checkpoints(self._folder)
-        if not found:
-            return _State(decay_from=max(0, self._recipe.steps - self._recipe.decay_steps))
+    def _resume(self) -> tuple[_State, Mapping[str, Tensor]]:
+        found = checkpoints.read_last(self._folder)
+        if found is None:
+            decay_from = max(0, self._recipe.steps - self._recipe.decay_steps)
+            return _State(decay_from=decay_from), {}
         try:
-            saved = json.loads((found[-1] / _STATE).read_text())
-            weights = load_file(found[-1] / _WEIGHTS)
-            identity, values = saved["identity"], saved["state"]
+            identity, values = found.about["identity"], found.about["state"]
             state = _State(**values | {"history": [tuple(step) for step in values["history"]]})
-        except (OSError, ValueError, KeyError, TypeError) as broken:
-            raise Corrupt(str(found[-1]), f"the checkpoint can't be read: {broken}") from None
-        if others := [key for key, value in self._identity.items() if identity.get(key) != value]:
+            others = [key for key, value in self._identity.items() if identity.get(key) != value]
+        except (AttributeError, KeyError, TypeError) as broken:
+            raise Corrupt(str(found.path), f"no checkpoint of a training: {broken}") from None
+        if others:
             raise Conflict(
-                f"the checkpoint {found[-1].name} is of another {', '.join(others)}; "
+                f"the checkpoint {found.path.name} is of another {', '.join(others)}; "
                 "give the training a new folder to begin anew"
             )
         own = _trainable(self.model)
-        for name, value in weights.items():
+        if own.keys() != found.weights.keys():
+            raise Corrupt(str(found.path), "its weights are not those of this adapter")
+        for name, value in found.weights.items():
             own[name].copy_(value)
-        self._engine.load(found[-1])
-        return state
+        return state, found.moments
+
+
+def _agree(engine: StepEngine, step: int, num_workers: int) -> None:
+    steps = torch.tensor([step, step * step], dtype=torch.float64)
+    if engine.total(steps).tolist() != [step * num_workers, step * step * num_workers]:
+        raise Unavailable("the workers found other checkpoints than each other in the folder")
+
+
+def _any(engine: StepEngine, flag: bool) -> bool:
+    """Whether any worker says so; all of them learn it."""
+    return bool(engine.total(torch.tensor([float(flag)])).item())
+
+
+def _told(outcome: Outcome, state: _State) -> Trained:
+    return Trained(outcome=outcome, step=state.step, history=tuple(state.history))
 
 
 def adapted(model: PreTrainedModel, recipe: Recipe) -> PeftModel:
@@ -462,8 +479,4 @@ def _filled(source: _Passes, budget: int) -> tuple[int, ...]:
 
 
 def _trainable(model: torch.nn.Module) -> dict[str, Tensor]:
-    return {name: value.detach() for name, value in model.named_parameters() if value.requires_grad}
-
-
-def _checkpoints(folder: Path) -> list[Path]:
-    return sorted(folder.glob(f"{_CHECKPOINT}*"))
+    return {name: value.detach() for name, value in trained(model).items()}

@@ -19,8 +19,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from memcube.config import AdaptersConfig
 from memcube.errors import BadRequest, Conflict, Corrupt, LimitExceeded
+from memcube.parametric.limits import AdapterLimits
 
 FORMAT = "memcube-lora-1"
 MAX_HEADER_BYTES = 1 << 20
@@ -33,19 +33,6 @@ class LoraPair(NamedTuple):
 
     a_RI: Tensor
     b_OR: Tensor
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AdapterLimits:
-    """What a registry takes in, and an engine loads."""
-
-    max_bytes: int = 64 << 20
-    max_rank: int = 128
-
-    @classmethod
-    def of(cls, config: AdaptersConfig) -> "AdapterLimits":
-        """Those of a configuration."""
-        return cls(max_bytes=config.max_mb << 20, max_rank=config.max_rank)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,7 +8,8 @@ import torch
 from memcube.activation import gate as gates
 from memcube.activation.contract import GenerateRequest, Mode
 from memcube.activation.engine import Engine, EngineLimits
-from memcube.activation.fidelity import Fidelity, FidelityReport, Thresholds, measure_fidelity
+from memcube.activation.fidelity import measure_fidelity
+from memcube.activation.fidelity_report import Fidelity, FidelityReport, Thresholds
 from memcube.activation.forward import KvBuffer, PackedModel, Row
 from memcube.activation.gate import FidelityGate, GateState, report_key
 from memcube.errors import Unavailable

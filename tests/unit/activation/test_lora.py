@@ -13,7 +13,7 @@ from memcube.activation.contract import AdapterRef, GenerateRequest, Mode
 from memcube.activation.engine import Engine, EngineLimits
 from memcube.activation.forward import KvBuffer, PackedModel, Row
 from memcube.activation.lora import LoraAdapter
-from memcube.errors import BadRequest, LimitExceeded, NotFound, TooBusy
+from memcube.errors import AdapterUnusable, BadRequest, LimitExceeded, NotFound, TooBusy
 from memcube.parametric.weights import AdapterWeights, LoraPair
 from memcube.testing.kv import TinyLru
 from memcube.testing.tiny_lm import tiny_model
@@ -171,7 +171,7 @@ async def test_an_adapter_is_loaded_once_and_the_least_recently_used_goes(reside
     for id in ("1", "2", "1", "3", "1", "2"):
         await use(resident, id)
     assert [id for _, id in shelf.calls] == ["1", "2", "3", "2"]
-    assert resident.stats()[:2] == (2, 20)
+    assert (resident.stats().resident, resident.stats().resident_bytes) == (2, 20)
     assert resident.stats().evictions == 2
 
 
@@ -202,12 +202,20 @@ async def test_a_failed_load_is_tried_again(resident, shelf):
         await use(resident, "huge")
     assert len(shelf.calls) == 3
     assert resident.stats().resident == 0
+    assert resident.stats().refused == {"not_found": 2, "limit_exceeded": 1}
+
+
+async def test_waits_are_told_apart_by_whether_the_adapter_was_there(resident):
+    for id in ("1", "1", "1", "2"):
+        await use(resident, id)
+    told = resident.stats().wait_s
+    assert {kind: found.count for kind, found in told.items()} == {"resident": 2, "loaded": 2}
 
 
 async def test_tenants_share_no_entry_and_are_forgotten_apart(resident, shelf):
     await use(resident, "1", "a")
     await use(resident, "1", "b")
-    resident.forget("a")
+    resident.forget(tenant="a")
     await use(resident, "1", "b")
     assert shelf.calls == [("a", "1"), ("b", "1")]
 
@@ -226,6 +234,7 @@ class Works:
     def __init__(self):
         self.loading = threading.Event()
         self.loading.set()
+        self.load_error = None
         self.engine = Engine(
             MODEL,
             LOADED,
@@ -236,6 +245,8 @@ class Works:
 
     def load(self, _tenant, ref):
         assert self.loading.wait(20)
+        if self.load_error is not None:
+            raise self.load_error
         weights = random_adapter(LOADED.model, seed=int(ref.id), scale=0.1)
         return MODEL.lora.ready(weights)
 
@@ -289,6 +300,36 @@ async def test_kv_under_an_adapter_can_be_built_ahead(works):
     assert tokens == (await works.ask(2, mode=Mode.OFF))[0]
 
 
+async def test_a_forgotten_adapter_goes_with_the_kv_that_was_built_with_it(works):
+    for name in (None, 0, 1):
+        await works.ask(name)
+    names = [AdapterRef(str(n), "v").name for n in range(2)]
+    assert await works.engine.adapters_held() == {"a": set(names)}
+    assert await works.engine.forget(names[:1]) > 0
+    assert await works.engine.adapters_held() == {"a": set(names[1:])}
+    assert works.engine.adapter_stats().resident == 1
+    found = [(await works.ask(name))[1].attached_exact > 0 for name in (None, 0, 1)]
+    assert found == [True, False, True]
+
+
+async def test_an_answer_that_began_before_leaves_no_kv_of_a_forgotten_adapter(works):
+    name = AdapterRef("0", "v").name
+    pieces = works.engine.generate(
+        GenerateRequest(
+            prompt_ids=PROMPT,
+            tenant="a",
+            salt="a",
+            adapter=AdapterRef("0", "v"),
+            max_tokens=40,
+            stop_ids=frozenset(),
+        )
+    )
+    await anext(pieces)
+    await works.engine.forget([name])
+    assert len([piece async for piece in pieces]) > 0
+    assert await works.engine.adapters_held() == {}
+
+
 async def test_others_go_on_while_an_adapter_is_loaded(works):
     works.loading.clear()
     waiting = asyncio.create_task(works.ask(1))
@@ -303,6 +344,21 @@ async def test_others_go_on_while_an_adapter_is_loaded(works):
 async def test_one_that_can_not_be_loaded_fails_its_own_request(works):
     with pytest.raises(ValueError, match="invalid literal"):
         await works.ask("none")
+    assert len((await works.ask(1))[0]) == 12
+
+
+async def test_why_an_adapter_can_not_be_used_is_told_before_anything_is_said(works):
+    works.load_error = NotFound("adapter", "1")
+    for ask in (
+        works.ask(1),
+        works.engine.build(
+            GenerateRequest(prompt_ids=PROMPT, tenant="a", salt="a", adapter=AdapterRef("1", "v"))
+        ),
+    ):
+        with pytest.raises(AdapterUnusable) as unusable:
+            await ask
+        assert unusable.value.why is works.load_error
+    works.load_error = None
     assert len((await works.ask(1))[0]) == 12
 
 

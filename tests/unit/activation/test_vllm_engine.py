@@ -23,7 +23,9 @@ from memcube.activation.contract import (
 )
 from memcube.config import Config
 from memcube.errors import (
+    AdapterUnusable,
     BadRequest,
+    Corrupt,
     DeadlineExceeded,
     LimitExceeded,
     TooBusy,
@@ -64,6 +66,7 @@ class FakeLlm:
         self.gate: asyncio.Event | None = None
         self.failing: Exception | None = None
         self.shut = False
+        self.removed: list[int] = []
         self.called = asyncio.Event()
         self._blocks: set[tuple[Any, ...]] = set()
 
@@ -109,6 +112,10 @@ class FakeLlm:
             cached = end if hit else cached
             self._blocks.add(key)
         return cached
+
+    async def remove_lora(self, lora_id: int) -> bool:
+        self.removed.append(lora_id)
+        return True
 
     def shutdown(self) -> None:
         self.shut = True
@@ -281,25 +288,75 @@ async def test_a_salt_with_too_many_cubes_begins_anew(engine, monkeypatch):
 # -- adapters --------------------------------------------------------------------------------------
 
 
-async def test_an_adapter_is_loaded_by_version_under_a_number_of_its_own(vllm, llm):
+class Shelf:
+    """Folders of adapters, by tenant and version."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.failing: Exception | None = None
+
+    async def __call__(self, tenant: str, ref: AdapterRef) -> Path:
+        if self.failing is not None:
+            raise self.failing
+        folder = self.root / tenant / ref.version
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+
+@pytest.fixture
+def shelf(tmp_path):
+    return Shelf(tmp_path)
+
+
+async def test_an_adapter_is_loaded_by_version_under_a_number_of_its_own(vllm, llm, shelf):
     from memcube.activation.vllm_engine import VllmEngine
 
-    engine = VllmEngine(
-        llm,
-        max_positions=64,
-        max_running=2,
-        max_waiting=1,
-        adapters=lambda ref: Path("/adapters") / ref.id / ref.version,
-    )
+    engine = VllmEngine(llm, max_positions=64, max_running=2, max_waiting=1, adapters=shelf)
     refs = [AdapterRef("a", "1"), AdapterRef("a", "2"), AdapterRef("a", "1")]
     found = [await attached(engine, adapter=ref) for ref in refs]
     assert found == [0, 0, 8]
     assert await attached(engine) == 0
     assert [call.lora and call.lora.lora_int_id for call in llm.calls] == [1, 2, 1, None]
-    assert [call.lora.lora_path for call in llm.calls[:2]] == ["/adapters/a/1", "/adapters/a/2"]
+    paths = [call.lora.lora_path for call in llm.calls[:2]]
+    assert paths == [str(shelf.root / "acme" / n) for n in "12"]
     salts = [call.prompt["cache_salt"] for call in llm.calls]
     assert len(set(salts)) == 3
     assert salts[0] == salts[2]
+
+
+async def test_one_that_can_not_be_fetched_is_unusable_and_does_no_harm(vllm, llm, shelf):
+    from memcube.activation.vllm_engine import VllmEngine
+
+    engine = VllmEngine(llm, max_positions=64, max_running=2, max_waiting=1, adapters=shelf)
+    shelf.failing = Corrupt("adapter a", "is damaged")
+    with pytest.raises(AdapterUnusable) as unusable:
+        await answer(engine, asked(adapter=AdapterRef("a", "1")))
+    assert unusable.value.why is shelf.failing
+    assert llm.calls == []
+    assert engine.stats().running == engine.stats().waiting == 0
+    assert await attached(engine) == 0
+
+
+async def test_a_forgotten_adapter_leaves_vllm_when_no_request_uses_it(vllm, llm, shelf):
+    from memcube.activation.vllm_engine import VllmEngine
+
+    engine = VllmEngine(llm, max_positions=64, max_running=2, max_waiting=1, adapters=shelf)
+    kept, gone = AdapterRef("a", "1"), AdapterRef("a", "2")
+    await attached(engine, adapter=kept)
+    llm.gate = asyncio.Event()
+    async with aclosing(engine.generate(asked(adapter=gone))) as pieces:
+        await anext(pieces)
+        await engine.forget([gone.name])
+        assert llm.removed == []
+        llm.gate.set()
+        assert [piece.text async for piece in pieces] == ["Oslo", "."]
+    assert llm.removed == [2]
+    assert not (shelf.root / "acme" / "2").exists()
+    assert (shelf.root / "acme" / "1").exists()
+    await attached(engine, adapter=gone)
+    assert llm.calls[-1].lora.lora_int_id == 3
+    await engine.forget(tenant="acme")
+    assert llm.removed == [2, 1, 3]
 
 
 async def test_without_adapters_one_is_unknown(engine):
@@ -409,6 +466,10 @@ async def test_to_close_it_lets_answers_end_and_refuses_others(engine, llm):
     assert llm.shut
 
 
+async def no_objects() -> Any:
+    raise AssertionError("no adapter is asked for")
+
+
 # -- opening ---------------------------------------------------------------------------------------
 
 
@@ -418,7 +479,7 @@ def test_without_the_package_the_configuration_is_refused(monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm", None)
     config = Config.model_validate({"activation": {"engine": "vllm"}})
     with pytest.raises(BadRequest, match=r"memcube\[vllm\]"):
-        open_vllm(config)
+        open_vllm(config, no_objects)
 
 
 @pytest.mark.parametrize("rank", [0, 16])
@@ -451,10 +512,17 @@ def test_the_configuration_becomes_vllms_arguments(vllm, monkeypatch, tmp_path, 
         "engine": "vllm",
         "vllm": {"tensor_parallel": 2, "lora_rank": rank, "max_positions": 64},
     }
-    opened = open_vllm(Config.model_validate({"activation": wanted}))
+    folder = tmp_path / "SmolLM2-135M-Instruct"
+    folder.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (folder / name).write_text("{}")
+    told = {"data_dir": tmp_path, "model_cache": tmp_path, "activation": wanted}
+    opened = open_vllm(Config.model_validate(told), no_objects)
     (arguments,) = made
     assert arguments.model.endswith("SmolLM2-135M-Instruct")
     assert (arguments.enable_prefix_caching, arguments.trust_remote_code) == (True, False)
     assert (arguments.tensor_parallel_size, arguments.max_model_len) == (2, 64)
     assert getattr(arguments, "max_lora_rank", 0) == rank
     assert (opened.engine.max_positions, opened.tokenizer) == (64, "the tokenizer")
+    assert opened.fingerprint == models.weights_fingerprint(folder, tmp_path)
+    assert (opened.engine._adapters is None) == (rank == 0)

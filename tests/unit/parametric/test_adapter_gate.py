@@ -7,8 +7,10 @@ import pytest
 
 from memcube.errors import BadRequest
 from memcube.parametric.dataset import Probe, ProbeKind
-from memcube.parametric.gate import Answered, Gate, GateReport, Thresholds, decide, holds
-from memcube.parametric.training import Recipe, adapted
+from memcube.parametric.gate import Gate, holds
+from memcube.parametric.judgement import Answered, GateReport, Thresholds, decide
+from memcube.parametric.recipe import Recipe
+from memcube.parametric.training import adapted
 from tests.unit.parametric.small import small_data, small_model
 
 GOOD = GateReport(

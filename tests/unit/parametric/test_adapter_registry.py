@@ -16,8 +16,9 @@ from memcube.cube import Draft, Scope
 from memcube.errors import BadRequest, Conflict, Corrupt, LimitExceeded, NotFound
 from memcube.ids import TenantId
 from memcube.objects.folder import FolderStore
+from memcube.parametric.limits import AdapterLimits
 from memcube.parametric.registry import AdapterFiles, AdapterRegistry, Provenance, reference
-from memcube.parametric.weights import AdapterLimits, AdapterWeights, LoraPair, decode, encode
+from memcube.parametric.weights import AdapterWeights, LoraPair, decode, encode
 from memcube.testing.tiny_lm import tiny_model
 from tests.unit.parametric.tiny_adapters import random_adapter
 
@@ -237,7 +238,8 @@ async def test_what_holds_a_deleted_memory_is_erased_from_the_objects(office):
     shared = await office.publish(seed=2, cubes=[office.cube])
     assert shared.sha256 == other.sha256
     office.catalog.cubes.delete(A, office.cube.id, now=NOW)
-    assert await office.registry.erase_stale(A) == 1
+    assert await office.registry.erase_stale(now=NOW) == 2
+    assert await office.registry.erase_stale(now=NOW) == 0
     with pytest.raises(NotFound):
         await office.files.get(A, reference(held), base=BASE)
     await office.files.get(A, reference(other), base=BASE)

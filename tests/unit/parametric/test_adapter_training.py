@@ -9,13 +9,8 @@ from peft import PeftModel
 
 from memcube.errors import BadRequest, Conflict, Corrupt
 from memcube.parametric.engines import Workers
-from memcube.parametric.training import (
-    AdapterTrainer,
-    Outcome,
-    Recipe,
-    export_adapter,
-    plan_steps,
-)
+from memcube.parametric.recipe import Recipe
+from memcube.parametric.training import AdapterTrainer, Outcome, export_adapter, plan_steps
 from tests.unit.parametric.small import small_data, small_model
 
 RECIPE = Recipe(
@@ -150,3 +145,27 @@ def test_each_pass_reads_every_example_once():
 def test_some_layers_alone_can_be_adapted(tmp_path):
     one = trainer(tmp_path, replace(RECIPE, layers=0.5))
     assert all(".layers.1." in name for name in weights(one))
+
+
+def test_more_facts_take_more_steps_and_what_is_given_stays():
+    assert Recipe.for_facts(20) == Recipe()
+    assert Recipe.for_facts(100).steps < 5 * Recipe.for_facts(20).steps
+    given = Recipe.for_facts(20, steps=30, lr=1e-3)
+    assert (given.steps, given.decay_steps, given.lr) == (30, 16, 1e-3)
+
+
+def test_a_model_with_an_attention_of_its_own_is_trained_with_the_mask(tmp_path, monkeypatch):
+    calls = []
+
+    def otherwise(*args, memcube_blocks=None, **kwargs):
+        calls.append(memcube_blocks)
+        query = args[1]
+        return torch.zeros_like(query).transpose(1, 2), None
+
+    monkeypatch.setattr("memcube.parametric.packed_attention._attend", otherwise)
+    expected = trainer(tmp_path / "1").train()
+    assert len(calls) == 2  # the two layers, once, to compare
+    monkeypatch.undo()
+    found = trainer(tmp_path / "2").train()
+    for one, two in zip(expected.history, found.history, strict=True):
+        assert one == pytest.approx(two, rel=1e-3, abs=1e-5)

@@ -4,8 +4,9 @@ import pytest
 
 from memcube.errors import BadRequest
 from memcube.parametric.dataset import DataSettings, ProbeKind, build_training_set
-from memcube.parametric.facts import RELATIONS, CubeVersion, Fact, read_fact, read_facts
+from memcube.parametric.facts import CubeVersion, Fact, read_fact, read_facts
 from memcube.parametric.replay import REPLAY, UNRELATED
+from memcube.parametric.wordings import RELATIONS
 
 FACTS = [
     Fact(subject="Zorvan Pell", relation="favourite drink", object="kumquat tea"),
