@@ -2,19 +2,22 @@
 
 import asyncio
 import threading
-from types import SimpleNamespace
+from datetime import UTC, datetime
 
 import pytest
 
-from actors import kv_cache
+from actors import kv_opening
 from actors.kv_cache import KVCacheActor
 from memcube.activation import gate as gates
 from memcube.activation.contract import Mode, Sampling
-from memcube.activation.fidelity import Fidelity, FidelityReport
+from memcube.activation.fidelity_report import Fidelity, FidelityReport
 from memcube.activation.gate import GateState
+from memcube.catalog import Catalog
+from memcube.catalog.fence import LEASE
 from memcube.chat.contract import ChatPrompt, MemorySegment, Turn
 from memcube.chat.host import BuildRequest
 from memcube.config import Config
+from memcube.errors import StaleEpoch
 from memcube.ids import CubeId, TenantId
 from memcube.testing.tiny_lm import tiny_model
 from tests.unit.chat.test_host import TEMPLATE
@@ -48,13 +51,14 @@ async def made(monkeypatch, tmp_path, loaded):
         )
 
     monkeypatch.setattr(gates, "measure_fidelity", measure)
-    monkeypatch.setattr(kv_cache, "load_model", lambda spec, folder: loaded)
-    context = SimpleNamespace(get_node_id=lambda: "node")
-    monkeypatch.setattr(kv_cache.ray, "get_runtime_context", lambda: context)
+    monkeypatch.setattr(kv_opening, "load_model", lambda spec, folder: loaded)
+    monkeypatch.setattr(kv_opening, "this_node", lambda: "node")
 
     def make(**activation):
         sizes = {"host_mb": 0, "disk_mb": 0, "block_tokens": 16, "buffer_mb": 64}
-        config = Config.model_validate({"model_cache": tmp_path, "activation": sizes | activation})
+        config = Config.model_validate(
+            {"model_cache": tmp_path, "data_dir": tmp_path, "activation": sizes | activation}
+        )
         actors.append(KVCacheActor(config))
         return actors[-1]
 
@@ -125,3 +129,27 @@ async def test_an_actor_closes_while_its_gate_is_measured(made):
     actor = made()
     assert (await actor.describe()).composing.state is GateState.MEASURING
     await asyncio.wait_for(actor.close(), 30)
+
+
+async def test_a_leader_builds_finds_and_drops_kv_and_one_that_was_followed_is_refused(
+    made, tmp_path
+):
+    catalog = Catalog.open(f"sqlite:///{tmp_path / 'catalog.db'}")
+    for holder in ("first", "second"):
+        catalog.leases.acquire(LEASE, holder, now=datetime.now(UTC), ttl_s=-1.0)
+    catalog.close()
+    actor = made(composing="off")
+    facts = await actor.facts()
+    assert (facts.node, facts.least_tokens) == ("node", 16)
+    wanted = BuildRequest(segments=MEMORIES, tenant="t", salt="t", group="g", mode=Mode.EXACT)
+    with pytest.raises(StaleEpoch):
+        await actor.build(wanted, 1)
+    assert await actor.held(["tea", "milk"], 2) == set()
+    await actor.build(wanted, 2)
+    assert await actor.held(["tea", "milk", "bread"], 2) == {"tea", "milk"}
+    await actor.held((), 3)  # a later leader was heard of
+    with pytest.raises(StaleEpoch):
+        await actor.forget(["tea"], None, 2)
+    await actor.forget(["tea"], None, 3)
+    assert "tea" not in await actor.held(["tea", "milk"], 3)
+    await actor.build(wanted)  # a gateway's call is of no leader
