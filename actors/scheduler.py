@@ -1,125 +1,215 @@
-"""The control plane's actor: one leads, by a lease in the catalog, and runs the reconcile loop."""
+"""The control plane's actor: one leads, by a lease in the catalog."""
 
 import asyncio
 import logging
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from datetime import UTC, datetime
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import ray
 from ray.actor import ActorHandle
 
 from actors import NAMESPACE
+from actors.calls import answer
 from actors.embedder import RemoteEmbedder
-from actors.qdrant import RemoteShard
-from memcube.catalog import Catalog, Lease
+from actors.engines import RemoteChatModel
+from actors.nodes import PLACED, nodes_seen, on_head
+from actors.objects import open_objects
+from actors.qdrant import RemoteShards
+from memcube.catalog import Catalog, NodeSeen
+from memcube.chat.contract import in_time
 from memcube.config import Config
-from memcube.errors import Conflict, MemCubeError, StaleEpoch
+from memcube.errors import Unavailable
 from memcube.ids import CubeId, TenantId
 from memcube.indexing import Indexer
 from memcube.reconcile import Reconciler
+from memcube.scheduler.host import SchedulerHost
+from memcube.scheduler.lease import LeaseKeeper
+from memcube.scheduler.parts import scheduler_host
+from memcube.scheduler.shard_port import ShardPort
+from memcube.scheduler.topology import Ports, Topology
+from memcube.sweep import lifecycle_sweep
+from memcube.tiers.shard import ShardInfo
 
 NAME = "scheduler"
-LEASE_TTL_S = 15.0
+CALL_DEADLINE_S = 30.0
+LOOK_DEADLINE_S = 2.0
+_T = TypeVar("_T")
 log = logging.getLogger("memcube.scheduler")
 
 
 class SchedulerActor:
-    """Leads under one lease epoch at a time; without the lease it acts on nothing.
+    """Hosts a ``SchedulerHost``; without the lease it acts on nothing.
 
-    The loop runs in a thread with a loop of its own, so that calls are answered while a round is
-    long. A restarted actor is the same holder, takes the lease at once, and gets a new epoch.
+    The host runs in a thread with a loop of its own, so that calls are answered while a round is long, and
+    the lease is kept by another, which no round can hold up. A restarted actor is the same holder, takes
+    the lease at once, and gets a new epoch.
     """
 
     def __init__(
-        self, config: Config, embedder: ActorHandle[Any], shards: list[ActorHandle[Any]]
+        self,
+        config: Config,
+        embedder: ActorHandle[Any],
+        engines: list[ActorHandle[Any]],
     ) -> None:
         self._config = config
         self._embedder = embedder
-        self._shards = [RemoteShard(handle, i) for i, handle in enumerate(shards)]
-        self._holder = ray.get_runtime_context().get_actor_id() or "scheduler"
-        self._lease: Lease | None = None
-        self._rounds = 0
+        self._engines = [RemoteChatModel(handle, i) for i, handle in enumerate(engines)]
+        self._catalog = Catalog.open(config.catalog_url())
+        self._shards = RemoteShards(config, embedder, self._catalog.shards.homes)
+        holder = ray.get_runtime_context().get_actor_id() or NAME
+        self._keeper = LeaseKeeper(self._catalog.leases, holder=holder, clock=_now)
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._host: SchedulerHost | None = None
         self._failures = 0
-        self._last: dict[str, Any] = {}
-        self._uses: list[Mapping[TenantId, Mapping[CubeId, int]]] = []
-        self._guard = threading.Lock()
         self._stopping = threading.Event()
+        keeping = threading.Thread(target=self._keeper.keep, args=(self._stopping,), daemon=True)
         self._thread = threading.Thread(target=lambda: asyncio.run(self._run()), daemon=True)
+        keeping.start()
         self._thread.start()
 
-    def record_uses(self, uses: Mapping[TenantId, Mapping[CubeId, int]]) -> None:
-        """Take a batch of uses; counted in the next round. A crash loses those not yet counted."""
-        with self._guard:
-            self._uses.append(uses)
+    def record_uses(
+        self,
+        uses: Mapping[TenantId, Mapping[CubeId, int]],
+        scores: Mapping[TenantId, Mapping[CubeId, float]],
+    ) -> None:
+        """Take a batch of uses, and how close cubes were to what was asked; counted in the next round. A crash
+        loses those not yet counted."""
+        if self._host is not None:
+            self._host.used(uses, scores)
 
     def status(self) -> dict[str, Any]:
         """Epoch of the lease (None: not leading), rounds, failures and the last round's report."""
-        return {
-            "epoch": self._lease.epoch if self._lease else None,
-            "rounds": self._rounds,
-            "failures": self._failures,
-            "last": self._last,
-        }
+        if self._host is None:
+            told = {"epoch": self._keeper.epoch, "rounds": 0, "failures": 0, "last": {}}
+        else:
+            told = self._host.status()
+        return {**told, "failures": told["failures"] + self._failures}
+
+    def details(self) -> dict[str, Any]:
+        """All there is to tell of it; see ``SchedulerHost.details``."""
+        return self._of_host(_details)
+
+    def plan(self, limit: int) -> dict[str, Any]:
+        """A dry run; see ``SchedulerHost.plan``."""
+
+        async def plan(host: SchedulerHost) -> dict[str, Any]:
+            return host.plan(limit=limit)
+
+        return self._of_host(plan)
+
+    def round_now(self) -> dict[str, Any]:
+        """A round now; see ``SchedulerHost.round_now``."""
+        return self._of_host(SchedulerHost.round_now)
 
     def stop(self) -> None:
-        """End the loop after its round, and give the lease back."""
+        """End after the rounds that are under way, and give the lease back."""
         self._stopping.set()
+        if self._loop is not None and self._host is not None:
+            self._loop.call_soon_threadsafe(self._host.stop)
         self._thread.join(timeout=30)
+        self._keeper.release()
+        self._catalog.close()
+
+    def _of_host(self, ask: Callable[[SchedulerHost], Coroutine[Any, Any, _T]]) -> _T:
+        """What the host answers, in its own loop: its state is that loop's."""
+        if self._host is None or self._loop is None:
+            raise Unavailable("the scheduler is starting", 2.0)
+        asked = asyncio.run_coroutine_threadsafe(ask(self._host), self._loop)
+        try:
+            return asked.result(CALL_DEADLINE_S)
+        except TimeoutError:
+            asked.cancel()
+            raise Unavailable("the scheduler is busy with a long round", 5.0) from None
 
     async def _run(self) -> None:
-        catalog = Catalog.open(self._config.catalog_url())
-        embedder = await RemoteEmbedder.connect(self._embedder)
-        shards = self._shards.__getitem__
-        indexer = Indexer(catalog, embedder, shards, clock=_now)
-        reconciler = Reconciler(
-            catalog, indexer, shards, self._config.scheduler, num_shards=len(self._shards)
-        )
         while not self._stopping.is_set():
             try:
-                if self._lead(catalog):
-                    await self._round(reconciler)
-            except MemCubeError as failed:
-                self._failures += 1
-                log.warning("a round ended early: %s", failed)
+                self._host = await self._make()
+                break
             except Exception:
                 self._failures += 1
-                log.exception("a round failed")
-            await asyncio.to_thread(self._stopping.wait, self._config.scheduler.interval_s)
-        if self._lease is not None:
-            catalog.leases.release(self._lease)
-        catalog.close()
+                log.exception("the scheduler could not begin; it tries again")
+                await asyncio.to_thread(self._stopping.wait, self._config.scheduler.interval_s)
+        self._loop = asyncio.get_running_loop()
+        if self._host is not None and not self._stopping.is_set():
+            await self._host.run()
 
-    def _lead(self, catalog: Catalog) -> bool:
-        try:
-            if self._lease is None:
-                self._lease = catalog.leases.acquire(
-                    NAME, self._holder, now=_now(), ttl_s=LEASE_TTL_S
-                )
-            else:
-                self._lease = catalog.leases.renew(self._lease, now=_now(), ttl_s=LEASE_TTL_S)
-        except (Conflict, StaleEpoch):
-            self._lease = None
-        return self._lease is not None
+    async def _make(self) -> SchedulerHost:
+        config, catalog = self._config, self._catalog
+        embedder = await RemoteEmbedder.connect(self._embedder)
+        shards = self._shards
+        indexer = Indexer(catalog, embedder, shards, clock=_now)
+        return scheduler_host(
+            catalog,
+            config,
+            self._keeper,
+            reconciler=Reconciler(
+                catalog, indexer, shards, config.scheduler, num_shards=config.plaintext.shards
+            ),
+            indexer=indexer,
+            sweep=lifecycle_sweep(
+                catalog,
+                indexer,
+                shards,
+                config,
+                clock=_now,
+                open_objects=lambda: open_objects(config),
+            ),
+            engines=self._engines,
+            plaintext=(self._topology(), ShardPort(shards)),
+            clock=_now,
+        )
 
-    async def _round(self, reconciler: Reconciler) -> None:
-        with self._guard:
-            uses, self._uses = self._uses, []
-        merged: dict[TenantId, dict[CubeId, int]] = {}
-        for batch in uses:
-            for tenant, counts in batch.items():
-                total = merged.setdefault(tenant, {})
-                for id, count in counts.items():
-                    total[id] = total.get(id, 0) + count
-        now = _now()
-        await reconciler.record_uses(merged, now)
-        report = await reconciler.step(now)
-        self._rounds += 1
-        done = {name: getattr(report, name) for name in report.__slots__}
-        self._last = {"at": now.isoformat(), **done}
-        if report.total:
-            log.info("reconciled: %s", done)
+    def _topology(self) -> Topology:
+        config = self._config
+
+        async def nodes() -> list[NodeSeen]:
+            return await asyncio.to_thread(nodes_seen)
+
+        async def info(shard: int) -> ShardInfo | None:
+            return await in_time(self._shards(shard).info(), LOOK_DEADLINE_S)
+
+        async def open_shard(shard: int, node: str, again: bool) -> None:
+            (self._shards.restart if again else self._shards.open)(shard, node)
+
+        return Topology(
+            self._catalog.shards,
+            Ports(
+                nodes=nodes,
+                info=info,
+                open_shard=open_shard,
+                tenants=self._catalog.access.tenants,
+            ),
+            num_configured=config.plaintext.shards,
+            shard_bytes=config.plaintext.shard_mb << 20,
+            shard_per_node=config.plaintext.shard_per_node,
+        )
+
+
+class RemoteScheduler:
+    """A ``serve.backend.Scheduler`` behind the actor."""
+
+    def __init__(self, handle: ActorHandle[Any]) -> None:
+        self._handle = handle
+
+    async def details(self) -> dict[str, Any]:
+        return await self._ask(self._handle.details.remote())
+
+    async def plan(self, *, limit: int) -> dict[str, Any]:
+        return await self._ask(self._handle.plan.remote(limit))
+
+    async def round_now(self) -> dict[str, Any]:
+        return await self._ask(self._handle.round_now.remote())
+
+    @staticmethod
+    async def _ask(call: Any) -> dict[str, Any]:
+        return await answer(call, of="the scheduler", deadline_s=CALL_DEADLINE_S + 5.0)
+
+
+async def _details(host: SchedulerHost) -> dict[str, Any]:
+    return host.details()
 
 
 def _now() -> datetime:
@@ -127,7 +217,10 @@ def _now() -> datetime:
 
 
 def spawn_scheduler_actor(
-    config: Config, *, embedder: ActorHandle[Any], shards: list[ActorHandle[Any]]
+    config: Config,
+    *,
+    embedder: ActorHandle[Any],
+    engines: list[ActorHandle[Any]],
 ) -> ActorHandle[Any]:
     """The one place that states this actor's Ray options."""
     spawned = (
@@ -137,11 +230,12 @@ def spawn_scheduler_actor(
             namespace=NAMESPACE,
             lifetime="detached",
             get_if_exists=True,
-            num_cpus=0,
-            max_concurrency=8,
+            num_cpus=PLACED,
+            max_concurrency=16,
+            scheduling_strategy=on_head(),
             max_restarts=-1,
             max_task_retries=0,
         )
-        .remote(config, embedder, shards)
+        .remote(config, embedder, engines)
     )
     return cast(ActorHandle[Any], spawned)

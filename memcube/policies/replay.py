@@ -106,11 +106,19 @@ def replay(requests: Iterable[Request], policy: Policy, *, hints: Hints = "none"
     ``hints``: the policy is told at each request whether the conversation has a next turn, and when.
     """
     num_blocks = num_hits = 0
+    for request, found in hits(requests, policy, hints=hints):
+        num_blocks += len(request.blocks)
+        num_hits += found
+    return Replayed(num_blocks, num_hits)
+
+
+def hits(
+    requests: Iterable[Request], policy: Policy, *, hints: Hints = "none"
+) -> Iterator[tuple[Request, int]]:
+    """Each request of a trace, and how many of its first blocks a policy that it drives has."""
     for now, request in _timed(requests):
         blocks = request.blocks
         found = next((n for n, key in enumerate(blocks) if key not in policy), len(blocks))
-        num_blocks += len(blocks)
-        num_hits += found
         for key in reversed(blocks[:found]):
             policy.hit(key, now)
         if hints != "none" and request.conversation:
@@ -130,7 +138,7 @@ def replay(requests: Iterable[Request], policy: Policy, *, hints: Hints = "none"
             )
             policy.admit(item, now)
             parent = key
-    return Replayed(num_blocks, num_hits)
+        yield request, found
 
 
 def _timed(requests: Iterable[Request]) -> Iterator[tuple[float, Request]]:
