@@ -17,8 +17,12 @@ from memcube.errors import StaleEpoch, Unavailable
 from memcube.ids import CubeId, TenantId
 from memcube.indexing import Indexer, Shards
 from memcube.lifecycle import State
+from memcube.tiers.moving import Standing
+from memcube.tiers.shard import ShardClient
 
 PRUNE_EVERY = timedelta(hours=1)
+INFO_DEADLINE_S = 5.0
+"""A shard that opens or hangs holds the others up for no longer."""
 
 
 @dataclass(slots=True)
@@ -56,7 +60,6 @@ class Reconciler:
         self._num_shards = num_shards
         self._compared: dict[int, int] = {}
         self._pruned_at: datetime | None = None
-        self._shard_of: dict[TenantId, int] = {}
 
     async def step(self, now: datetime) -> Report:
         """One round over all shards.
@@ -67,13 +70,17 @@ class Reconciler:
         """
         report = Report()
         report.expired = await asyncio.to_thread(
-            self._catalog.cubes.expire_due, now=now, limit=self._config.batch
+            self._catalog.cubes.expire_due,
+            now=now,
+            limit=self._config.batch,
+            retention=timedelta(seconds=self._config.expired_kept_s),
         )
         if self._pruned_at is None or now - self._pruned_at >= PRUNE_EVERY:
             report.pruned = await asyncio.to_thread(self._catalog.cubes.prune, now=now)
             self._pruned_at = now
         failed: Unavailable | StaleEpoch | None = None
-        for shard in range(self._num_shards):
+        shards = await asyncio.to_thread(self._catalog.shards.numbers, self._num_shards)
+        for shard in shards:
             try:
                 await self._bring_in_line(shard, report, now)
             except (Unavailable, StaleEpoch) as first:
@@ -83,7 +90,11 @@ class Reconciler:
         return report
 
     async def _bring_in_line(self, shard: int, report: Report, now: datetime) -> None:
-        info = await self._shards(shard).info()
+        try:
+            async with asyncio.timeout(INFO_DEADLINE_S):
+                info = await self._shards(shard).info()
+        except TimeoutError:
+            raise Unavailable(f"shard {shard} of the plaintext tier says nothing") from None
         if self._compared.get(shard) != info.epoch:
             await self._compare(shard, info.index, report, now)
             self._compared[shard] = info.epoch
@@ -134,10 +145,13 @@ class Reconciler:
         now: datetime,
     ) -> None:
         """Remove what the index holds and the catalog doesn't want there. What it wants, but has not
-        noted yet, is pending and will be put again."""
+        noted yet, is pending and will be put again. What belongs to tenants of other shards is left to the
+        scheduler."""
         grouped: dict[TenantId, dict[CubeId, int]] = defaultdict(dict)
         for (tenant, id), version in unnoted.items():
             grouped[tenant][id] = version
+        left = await note_strangers(self._catalog, self._shards(shard), shard, grouped)
+        report.orphans += sum(len(cubes) for cubes in left.values())
         for tenant, versions in grouped.items():
             wanted = await asyncio.to_thread(
                 self._catalog.cubes.live_versions, tenant, list(versions), now=now
@@ -149,17 +163,48 @@ class Reconciler:
     async def record_uses(
         self, uses: Mapping[TenantId, Mapping[CubeId, int]], now: datetime
     ) -> None:
-        """Count uses in the catalog, and tell the index of cubes that became ``activated``."""
+        """Count uses in the catalog, and tell the index of cubes that became ``activated``.
+
+        Raises:
+            Unavailable, StaleEpoch: a shard did not answer, or the catalog. All tenants were gone over.
+        """
+        failed: Unavailable | StaleEpoch | None = None
         for tenant, counts in uses.items():
-            activated = await asyncio.to_thread(
-                self._catalog.cubes.record_uses, tenant, counts, now=now
-            )
-            if activated:
-                shard = await self._shard(tenant)
-                await self._indexer.set_state(tenant, list(activated), State.ACTIVATED, shard=shard)
+            try:
+                await self._record_uses_of(tenant, counts, now)
+            except (Unavailable, StaleEpoch) as first:
+                failed = failed or first
+        if failed is not None:
+            raise failed
+
+    async def _record_uses_of(
+        self, tenant: TenantId, counts: Mapping[CubeId, int], now: datetime
+    ) -> None:
+        activated = await asyncio.to_thread(
+            self._catalog.cubes.record_uses, tenant, counts, now=now
+        )
+        if activated:
+            shard = await self._shard(tenant)
+            await self._indexer.set_state(tenant, list(activated), State.ACTIVATED, shard=shard)
 
     async def _shard(self, tenant: TenantId) -> int:
-        if tenant not in self._shard_of:
-            known = await asyncio.to_thread(self._catalog.access.tenants)
-            self._shard_of = {found.id: found.shard for found in known}
-        return self._shard_of[tenant]
+        return await asyncio.to_thread(self._catalog.shards.shard_of, tenant)
+
+
+async def note_strangers(
+    catalog: Catalog, client: ShardClient, shard: int, held: dict[TenantId, dict[CubeId, int]]
+) -> dict[TenantId, dict[CubeId, int]]:
+    """Take out of ``held`` what belongs to tenants that do not lie in this shard, or are on their way; of
+    those what was left behind, which the shard is told of."""
+    moving = await asyncio.to_thread(catalog.shards.moving)
+    left: dict[TenantId, dict[CubeId, int]] = {}
+    for tenant in list(held):
+        standing = await asyncio.to_thread(catalog.shards.standing, tenant, shard)
+        if standing is Standing.HERE:
+            continue
+        cubes = held.pop(tenant)
+        if standing is not Standing.LEAVING and tenant not in moving:
+            left[tenant] = cubes
+    if left:
+        await client.note_left(list(left))
+    return left

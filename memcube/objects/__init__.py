@@ -17,7 +17,8 @@ refused by a folder and by servers that keep files; which of the two came first 
 """
 
 import unicodedata
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from typing import NamedTuple, Protocol
 
 from memcube.errors import BadRequest
@@ -92,6 +93,20 @@ class ObjectStore(Protocol):
     async def close(self) -> None:
         """Give back what is held. The store is not used after."""
         ...
+
+
+OpenObjects = Callable[[], Awaitable[ObjectStore]]
+"""Opens the store of a configuration; whoever calls it closes what it gets."""
+
+
+@asynccontextmanager
+async def opened(open_objects: OpenObjects) -> AsyncIterator[ObjectStore]:
+    """The store for a while, closed behind it."""
+    objects = await open_objects()
+    try:
+        yield objects
+    finally:
+        await objects.close()
 
 
 def check_name(name: str) -> str:

@@ -5,6 +5,7 @@ import yaml
 
 from memcube.config import Config, load_config
 from memcube.errors import BadRequest
+from memcube.ids import TenantId
 
 
 def written(folder: Path, text: str) -> Path:
@@ -162,3 +163,53 @@ def test_the_dump_holds_no_password_of_an_address():
     ).dump()
     assert "canary" not in dumped
     assert yaml.safe_load(dumped)["catalog"]["url"] == "postgresql://ann:***@db/memcube"
+
+
+# -- the scheduler ---------------------------------------------------------------------------------
+
+
+def test_a_tenants_profile_changes_the_common_one_which_changes_the_default():
+    config = load_config(
+        None,
+        [
+            "scheduler.profile={promote_score: 0.6, strategies: {cost: 1, lru: 0.5}}",
+            "scheduler.tenants={acme: {demote_score: 0.1}}",
+            "scheduler.limits={max_moves: 2}",
+            "scheduler.consents=[acme]",
+        ],
+    ).scheduler
+    profiles = config.profiles()
+    assert (profiles.default.promote_score, profiles.default.demote_score) == (0.6, 0.25)
+    acme = profiles.of(TenantId("acme"))
+    assert (acme.promote_score, acme.demote_score, acme.strategies) == (
+        0.6,
+        0.1,
+        {"cost": 1.0, "lru": 0.5},
+    )
+    assert config.move_limits().max_moves == 2
+    assert config.consents_to_training(TenantId("acme"))
+    assert not config.consents_to_training(TenantId("other"))
+    whole = load_config(None, ["scheduler.consents=all"]).scheduler
+    assert whole.consents_to_training(TenantId("other"))
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("scheduler.profile={promote_scor: 1}", "did you mean 'scheduler.profile.promote_score'"),
+        ("scheduler.profile={promote_score: 0.1}", "demote_score must lie below promote_score"),
+        ("scheduler.profile={settle_s: -1}", "scheduler.profile.settle_s: must not be below 0"),
+        ("scheduler.profile={policies: [hope]}", "no policy named 'hope'"),
+        (
+            "scheduler.tenants={acme: {strategies: {luck: 1}}}",
+            "scheduler.tenants.acme: no strategy",
+        ),
+        ("scheduler.tenants={acme: {rate: 0}}", "scheduler.tenants.acme.rate: must be above 0"),
+        ("scheduler.limits={max_moves: 0}", "scheduler.limits.max_moves: must be 1 or more"),
+        ("scheduler.consents=some", "scheduler.consents: a list of tenants, or all"),
+    ],
+)
+def test_what_can_not_be_of_the_scheduler_is_refused_when_it_is_read(override, told):
+    with pytest.raises(BadRequest) as refused:
+        load_config(None, [override])
+    assert told in str(refused.value)

@@ -35,7 +35,7 @@ async def test_an_indexed_cube_is_held_and_noted_with_its_residency(system: Loca
     assert system.shards[0].held() == {cube.id: 1}
     assert noted(system, who, cube)
     (residency,) = system.catalog.cubes.residency(who.tenant, cube.id, now=system.clock())
-    assert (residency.tier, residency.location, residency.version) == ("plaintext", "memory:0", 1)
+    assert (residency.tier, residency.location, residency.version) == ("plaintext", "shard-0", 1)
     assert residency.epoch == 1
     assert residency.size_bytes == 3 + 4 * system.embedder.dim
 

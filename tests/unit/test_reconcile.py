@@ -184,7 +184,7 @@ async def test_an_orphan_of_a_tenant_that_the_catalog_does_not_know_is_dropped(
 ):
     (cube,) = store(system, who, "tea")
     foreign = row(system, cube, tenant=TenantId("gone"))
-    await system.shards[0].put([foreign], epoch=1)
+    await system.shards[0].store.put([foreign])
     assert (await system.reconcile()).orphans == 1
     assert system.shards[0].held() == {cube.id: 1}
 

@@ -8,8 +8,9 @@ from random import Random
 import pytest
 
 from memcube.catalog import Change, Idempotency, Principal, Role
+from memcube.catalog.adapters import WRITTEN_BY
 from memcube.config import load_config
-from memcube.cube import MemCube, Relation, Sensitivity
+from memcube.cube import Draft, MemCube, Origin, Parent, Relation, Sensitivity
 from memcube.errors import (
     BadRequest,
     Forbidden,
@@ -20,6 +21,7 @@ from memcube.errors import (
     NotFound,
     Unauthenticated,
     Unavailable,
+    VersionMismatch,
 )
 from memcube.filters import Compare, Not, Op, Or, parse_filter
 from memcube.ids import uuid7
@@ -621,3 +623,83 @@ async def test_no_search_of_many_among_near_duplicates_leaves_its_tenant(system:
         )
         assert found.hits
         assert {hit.id for hit in found.hits} <= own[who.tenant]
+
+
+# -- what an adapter said of a memory
+
+
+def heard(system: LocalSystem, who: Principal, cube: MemCube) -> MemCube:
+    """What an adapter's answer about a cube is written back as."""
+    draft = Draft(
+        text=f"heard: {cube.text}",
+        user_id="ann",
+        origin=Origin.INFERENCE,
+        parents=(Parent(id=cube.id, version=cube.version, relation=Relation.DERIVED),),
+        metadata={WRITTEN_BY: "0" * 64},
+    )
+    added = system.catalog.cubes.add(who.tenant, [draft], author="job", now=system.clock())
+    return added.results[0].cube
+
+
+@pytest.mark.parametrize("way", ["delete", "change", "archive", "fuse", "roll back"])
+async def test_what_an_adapter_said_of_a_memory_goes_when_that_goes_or_changes(
+    system: LocalSystem, who: Principal, way: str
+):
+    oboe, tea = await add(system, who, "Ada plays the oboe", "Ada likes tea")
+    if way == "roll back":
+        change = Change(text="Ada plays the harp")
+        oboe = await system.service.update(who, oboe.id, change, expected_version=None)
+    said, other = heard(system, who, oboe), heard(system, who, tea)
+    await system.reconcile()
+    service = system.service
+    match way:
+        case "delete":
+            await service.delete(who, oboe.id)
+        case "change":
+            new = Change(text="Ada plays the harp")
+            await service.update(who, oboe.id, new, expected_version=None)
+        case "archive":
+            await service.archive(who, oboe.id)
+        case "fuse":
+            apple = await add(system, who, "Ada likes apples")
+            await service.fuse(who, [oboe.id, apple[0].id], text=None)
+        case "roll back":
+            await service.rollback(who, oboe.id, 1)
+    with pytest.raises(NotFound):
+        await get(system, who, said)
+    assert await get(system, who, other)
+    assert not [t for t in await found(system, who, "oboe heard") if "oboe" in t and "heard" in t]
+
+
+async def test_what_an_adapter_said_stays_while_the_text_does(system: LocalSystem, who: Principal):
+    (oboe,) = await add(system, who, "Ada plays the oboe")
+    said = heard(system, who, oboe)
+    change = Change(tags=("music",))
+    await system.service.update(who, oboe.id, change, expected_version=None)
+    assert await get(system, who, said)
+
+
+async def test_a_refused_deletion_takes_nothing_back(system: LocalSystem, who: Principal):
+    (oboe,) = await add(system, who, "Ada plays the oboe")
+    said = heard(system, who, oboe)
+    await system.service.set_frozen(who, oboe.id, True)
+    with pytest.raises(Frozen):
+        await system.service.delete(who, oboe.id)
+    await system.service.set_frozen(who, oboe.id, False)
+    with pytest.raises(VersionMismatch):
+        await system.service.update(who, oboe.id, Change(text="x"), expected_version=7)
+    assert await get(system, who, said)
+
+
+async def test_a_frozen_cube_of_what_an_adapter_said_stays_and_forbids_the_deletion(
+    system: LocalSystem, who: Principal
+):
+    (oboe,) = await add(system, who, "Ada plays the oboe")
+    said = heard(system, who, oboe)
+    await system.service.set_frozen(who, said.id, True)
+    change = Change(text="Ada plays the harp")
+    assert (await system.service.update(who, oboe.id, change, expected_version=None)).version == 2
+    with pytest.raises(Frozen, match=said.id):
+        await system.service.delete(who, oboe.id)
+    assert await get(system, who, said)
+    assert await get(system, who, oboe)
