@@ -44,10 +44,8 @@ def prepare(data_dir: Path) -> Path:
     haproxy.mkdir(mode=0o700, exist_ok=True)
     metrics, stats, fallback, fallback_grpc = free_ports(4)
     replicas = free_range(40)
+    prepare_node(_token(data_dir))
     values = {
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN_PATH": str(_token(data_dir)),
-        "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(haproxy / "haproxy.cfg"),
@@ -66,13 +64,9 @@ def prepare(data_dir: Path) -> Path:
         "RAY_health_check_period_ms": "1000",
         "RAY_health_check_timeout_ms": "2000",
         "RAY_health_check_failure_threshold": "5",
-        "PYTHONPATH": os.pathsep.join(
-            part for part in (str(ROOT), os.environ.get("PYTHONPATH", "")) if part
-        ),
     }
     os.environ.update(values)
     for name, value in {
-        "OMP_NUM_THREADS": "1",
         # Serve looks around ten times a second by default, idle or not: 25 CPU-ms a second.
         "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.25",
         "RAY_SERVE_METRICS_EXPORT_INTERVAL_MS": "1000",
@@ -81,8 +75,29 @@ def prepare(data_dir: Path) -> Path:
     return folder
 
 
+def prepare_node(token: Path | None) -> None:
+    """Set what Ray and the actors of any node need; Serve's proxy runs on the head alone. Without ``token``
+    the environment names Ray's token itself."""
+    values = {
+        "RAY_AUTH_MODE": "token",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "PYTHONPATH": os.pathsep.join(
+            part for part in (str(ROOT), os.environ.get("PYTHONPATH", "")) if part
+        ),
+    }
+    if token is not None:
+        values["RAY_AUTH_TOKEN_PATH"] = str(token)
+    os.environ.update(values)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def token_path(data_dir: Path) -> Path:
+    """Where the Ray token of a system lies."""
+    return data_dir / "ray.token"
+
+
 def _token(data_dir: Path) -> Path:
-    path = data_dir / "ray.token"
+    path = token_path(data_dir)
     if not path.exists():
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with open(descriptor, "w") as file:

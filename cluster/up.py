@@ -15,7 +15,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -86,15 +86,15 @@ def _run(config: Config) -> None:
     key = _bootstrap(config)
     (config.data_dir / "config.yaml").write_text(config.dump())
     url = f"http://{'127.0.0.1' if http.host == '0.0.0.0' else http.host}:{http.port}"
-    with _ray(config):
+    with _ray(config) as ray_address:
         say("Ray is up")
         with _serving(config):
-            if _until_ready(url, stop):
-                _write_state(config, url=url, api_key=key)
+            if _until_ready(url, key, stop):
+                _write_state(config, url=url, api_key=key, ray_address=ray_address)
                 say("ready")
                 print(
                     f"\n  URL      {url}\n  API key  {key}\n  data     {config.data_dir}\n"
-                    f"  docs     {url}/docs\n\nCtrl-C stops it.",
+                    f"  docs     {url}/docs\n  Ray      {ray_address} (memcube join)\n\nCtrl-C stops it.",
                     flush=True,
                 )
                 stop.wait()
@@ -130,20 +130,24 @@ def _bootstrap(config: Config) -> str:
 
 
 def _check_shards(catalog: Catalog, config: Config) -> None:
-    needed = max(tenant.shard for tenant in catalog.access.tenants()) + 1
-    if needed > config.plaintext.shards:
+    known = catalog.shards.numbers(config.plaintext.shards)
+    lost = {tenant.shard for tenant in catalog.access.tenants()} - set(known)
+    if lost:
         raise Conflict(
-            f"tenants of this catalog lie on {needed} shards; plaintext.shards can't be "
-            f"{config.plaintext.shards}: fewer shards need a migration"
+            f"tenants of this catalog lie in shards {sorted(lost)}, and plaintext.shards is "
+            f"{config.plaintext.shards}; set it to {max(lost) + 1}"
         )
 
 
 @contextlib.contextmanager
-def _ray(config: Config) -> Iterator[None]:
+def _ray(config: Config) -> Iterator[str]:
+    """A cluster, started or joined; the address by which nodes join it."""
     import logging
 
     if config.ray.address is None:
         folder = environment.prepare(config.data_dir)
+        if config.ray.port:
+            os.environ["RAY_GCS_SERVER_PORT"] = str(config.ray.port)
         for old in folder.glob("session_*"):
             if old.is_symlink():
                 old.unlink()
@@ -153,11 +157,12 @@ def _ray(config: Config) -> Iterator[None]:
 
         logging.getLogger("ray").setLevel(logging.WARNING)
         ray.init(
+            address="local",
             namespace="memcube",
             include_dashboard=config.ray.dashboard,
             object_store_memory=config.object_store_bytes(),
             _temp_dir=str(folder),
-            _node_ip_address="127.0.0.1",
+            _node_ip_address=config.ray.node_ip,
             log_to_driver=False,
             logging_level=logging.WARNING,
         )
@@ -171,11 +176,13 @@ def _ray(config: Config) -> Iterator[None]:
             runtime_env={
                 "working_dir": str(environment.ROOT),
                 "excludes": [".venv", ".git", ".memcube"],
-            },
+            }
+            if config.ray.ship_code
+            else None,
             log_to_driver=False,
         )
     try:
-        yield
+        yield ray.get_runtime_context().gcs_address
     finally:
         ray.shutdown()
 
@@ -192,8 +199,12 @@ def _serving(config: Config) -> Iterator[None]:
     from serve.gateway import APP_NAME, gateway_app
 
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    system = ensure_system(config)
-    serve.start(http_options=HTTPOptions(host=config.http.host, port=config.http.port))
+    catalog = Catalog.open(config.catalog_url())
+    system = ensure_system(config, catalog.shards.homes)
+    serve.start(
+        proxy_location="HeadOnly",  # by default each node with a replica gets one, on the same ports
+        http_options=HTTPOptions(host=config.http.host, port=config.http.port),
+    )
     serve.run(gateway_app(config), name=APP_NAME, route_prefix="/", blocking=False)
     try:
         yield
@@ -201,22 +212,25 @@ def _serving(config: Config) -> Iterator[None]:
         # Serve's controller ends in the middle of its last call; Ray tells stdout that it failed.
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
             serve.shutdown()
-            _close(ray, system)
+            _close(ray, system, catalog.shards.numbers(config.plaintext.shards))
+        catalog.close()
 
 
-def _close(ray: Any, system: Any) -> None:
+def _close(ray: Any, system: Any, shards: Sequence[int]) -> None:
     """Let the actors finish: the scheduler gives its lease back, shards and engines flush."""
-    parts = [*system.shards, *system.engines]
-    calls = [system.scheduler.stop.remote(), *(part.close.remote() for part in parts)]
+    parts = [*(system.shards.handle(number) for number in shards), *system.engines]
+    loops = [loop for loop in (system.scheduler, system.jobs) if loop is not None]
+    calls = [*(loop.stop.remote() for loop in loops), *(part.close.remote() for part in parts)]
     _, late = ray.wait(calls, num_returns=len(calls), timeout=20)
     if late:
         print("some parts did not stop in time; nothing is lost", file=sys.stderr)
-    for actor in (system.scheduler, *parts, system.embedder):
+    for actor in (*loops, *parts, system.embedder):
         ray.kill(actor)
 
 
-def _until_ready(url: str, stop: threading.Event) -> bool:
-    """Whether the system answered before it was told to stop.
+def _until_ready(url: str, key: str, stop: threading.Event) -> bool:
+    """Whether the system answered, with all its parts, before it was told to stop. A running one is ready with
+    fewer (``/readyz``), but at the start none is left out.
 
     Raises:
         Conflict: not ready after READY_S.
@@ -225,12 +239,13 @@ def _until_ready(url: str, stop: threading.Event) -> bool:
 
     until = time.monotonic() + READY_S
     answer = "no answer"
+    headers = {"Authorization": f"Bearer {key}"}
     while not stop.wait(0.1):
         try:
-            response = httpx.get(f"{url}/readyz", timeout=10)
-            if response.status_code == 200:
+            response = httpx.get(f"{url}/v1/status", headers=headers, timeout=10)
+            answer = _missing(response.json()) if response.status_code == 200 else response.text
+            if not answer:
                 return True
-            answer = response.text
         except httpx.HTTPError as failed:
             answer = repr(failed)
         if time.monotonic() > until:
@@ -238,12 +253,19 @@ def _until_ready(url: str, stop: threading.Event) -> bool:
     return False
 
 
-def _write_state(config: Config, *, url: str, api_key: str) -> None:
+def _missing(status: Any) -> str:
+    """What doesn't answer, by what ``GET /v1/status`` tells."""
+    parts = [*status["shards"], status["scheduler"], *status["engines"]]
+    return "; ".join(part["error"] for part in parts if part.get("error"))
+
+
+def _write_state(config: Config, *, url: str, api_key: str, ray_address: str) -> None:
     state = {
         "url": url,
         "api_key": api_key,
         "pid": os.getpid(),
         "data_dir": str(config.data_dir),
+        "ray_address": ray_address,
         "started_at": datetime.now(UTC).isoformat(),
     }
     _write_private(config.data_dir / "serve.json", json.dumps(state, indent=1) + "\n")

@@ -177,6 +177,15 @@ class EdgeStore:
                     self._update(qe.UpdateOperation.delete_points(gone), gone)
                 await asyncio.sleep(0)
 
+    async def drop(self, tenant: TenantId) -> int:
+        gone: list[Any] = [point_id(tenant, id) async for _, id, _ in self.versions(tenant)]
+        for start in range(0, len(gone), SCROLL):
+            part = gone[start : start + SCROLL]
+            async with self._writing:
+                self._update(qe.UpdateOperation.delete_points(part), part)
+            await asyncio.sleep(0)
+        return len(gone)
+
     async def set_state(self, tenant: TenantId, ids: Iterable[CubeId], state: str) -> None:
         async with self._writing:
             points: list[Any] = [point_id(tenant, id) for id in ids]
@@ -291,12 +300,15 @@ class EdgeStore:
             qe.CountRequest(exact=True, filter=_filters.scope(tenant, where, now))
         )
 
-    async def versions(self) -> AsyncIterator[tuple[TenantId, CubeId, int]]:
+    async def versions(
+        self, tenant: TenantId | None = None
+    ) -> AsyncIterator[tuple[TenantId, CubeId, int]]:
         offset = None
         selector = qe.PayloadSelector.Include(["tenant", "id", "version"])
+        where = None if tenant is None else _filters.all_of_tenant(tenant)
         while True:
             records, offset = self._shard.scroll(
-                qe.ScrollRequest(offset=offset, limit=SCROLL, with_payload=selector)
+                qe.ScrollRequest(offset=offset, limit=SCROLL, with_payload=selector, filter=where)
             )
             for record in records:
                 payload = record.payload or {}

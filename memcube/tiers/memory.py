@@ -50,6 +50,12 @@ class MemoryStore:
                 del self._cubes[tenant][id]
                 del self._terms[key]
 
+    async def drop(self, tenant: TenantId) -> int:
+        held = self._cubes.pop(tenant, {})
+        for id in held:
+            del self._terms[tenant, id]
+        return len(held)
+
     async def set_state(self, tenant: TenantId, ids: Iterable[CubeId], state: str) -> None:
         for id in ids:
             if id in self._cubes[tenant]:
@@ -130,10 +136,12 @@ class MemoryStore:
     async def count(self, tenant: TenantId, *, where: Filter | None, now: datetime) -> int:
         return sum(1 for _ in self._matching(tenant, where, now))
 
-    async def versions(self) -> AsyncIterator[tuple[TenantId, CubeId, int]]:
-        for tenant, cubes in self._cubes.items():
-            for cube in list(cubes.values()):
-                yield tenant, cube.id, cube.version
+    async def versions(
+        self, tenant: TenantId | None = None
+    ) -> AsyncIterator[tuple[TenantId, CubeId, int]]:
+        for one, cubes in self._cubes.items():
+            for cube in list(cubes.values()) if tenant in (None, one) else ():
+                yield one, cube.id, cube.version
 
     async def close(self) -> None:
         self._cubes.clear()

@@ -186,6 +186,10 @@ class FilterTranslator:
         expired = self._range("expires_at", lte=micros(now))
         return self._m.Filter(must=must, must_not=[expired])
 
+    def all_of_tenant(self, tenant: TenantId) -> Any:
+        """The engine's filter: all cubes of a tenant, expired ones too."""
+        return self._m.Filter(must=[self._match("tenant", tenant)])
+
     def any_of(self, field: str, values: list[str] | list[int]) -> Any:
         """A condition: the field is one of the values."""
         known = [encodable(v) if isinstance(v, str) else v for v in values]

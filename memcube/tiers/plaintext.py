@@ -175,8 +175,14 @@ class PlaintextStore(Protocol):
         """How many unexpired cubes of the tenant match."""
         ...
 
-    def versions(self) -> AsyncIterator[tuple[TenantId, CubeId, int]]:
-        """Every cube of every tenant with its version, for the reconcile loop."""
+    def versions(
+        self, tenant: TenantId | None = None
+    ) -> AsyncIterator[tuple[TenantId, CubeId, int]]:
+        """Every cube of a tenant, or of all, with its version."""
+        ...
+
+    async def drop(self, tenant: TenantId) -> int:
+        """Remove all that a tenant has here; unlike after ``delete``, it may be put again. How many cubes."""
         ...
 
     async def close(self) -> None:

@@ -154,6 +154,13 @@ class ServerStore:
                 selector = models.PointIdsList(points=gone)
                 await self._answer(self._client.delete(self._name, selector, wait=True))
 
+    async def drop(self, tenant: TenantId) -> int:
+        gone = [id async for _, id, _ in self.versions(tenant)]
+        async with self._writing:
+            selector = models.FilterSelector(filter=_filters.all_of_tenant(tenant))
+            await self._answer(self._client.delete(self._name, selector, wait=True))
+        return len(gone)
+
     async def set_state(self, tenant: TenantId, ids: Iterable[CubeId], state: str) -> None:
         async with self._writing:
             held = await self._versions_of([point_id(tenant, id) for id in ids])
@@ -307,14 +314,18 @@ class ServerStore:
         )
         return counted.count
 
-    async def versions(self) -> AsyncIterator[tuple[TenantId, CubeId, int]]:
+    async def versions(
+        self, tenant: TenantId | None = None
+    ) -> AsyncIterator[tuple[TenantId, CubeId, int]]:
         offset = None
+        where = None if tenant is None else _filters.all_of_tenant(tenant)
         while True:
             records, offset = await self._answer(
                 self._client.scroll(
                     self._name,
                     limit=SCROLL,
                     offset=offset,
+                    scroll_filter=where,
                     with_payload=["tenant", "id", "version"],
                 )
             )
