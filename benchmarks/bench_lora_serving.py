@@ -1,7 +1,7 @@
 """Serving adapters: a batch of eight rows with four adapters beside the same batch without, the load
 of one from the registry, and the swap of a resident one. Rank 16 on all linear layers of SmolLM2.
 
-python -m benchmarks.bench_lora_serving
+make bench-lora-serving
 
 As the machine is shared, the rates are by CPU time of one thread; loads and swaps by the clock.
 """
@@ -22,9 +22,10 @@ from memcube.activation.models import load_model
 from memcube.config import Config
 from memcube.ids import TenantId
 from memcube.objects.folder import FolderStore
+from memcube.parametric.limits import AdapterLimits
 from memcube.parametric.loading import FileLoader
 from memcube.parametric.registry import AdapterFiles
-from memcube.parametric.weights import AdapterLimits, AdapterWeights, LoraPair
+from memcube.parametric.weights import AdapterWeights, LoraPair
 
 _RANK, _ROWS, _ADAPTERS, _CONTEXT = 16, 8, 4, 256
 _STEPS, _ROUNDS = 6, 4
@@ -108,7 +109,7 @@ async def _main() -> None:
     read_s = {name: min(took) for name, took in prefill.items()}
     write_results(
         "lora_serving",
-        "python -m benchmarks.bench_lora_serving",
+        "make bench-lora-serving",
         [
             Figure(
                 name="decode, 8 rows with 4 adapters, share of the rate without",

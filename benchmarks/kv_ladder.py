@@ -16,7 +16,8 @@ import torch
 from benchmarks.results import Figure
 from memcube.activation.compose import BLEND_SHARE, Segment
 from memcube.activation.contract import Mode
-from memcube.activation.fidelity import THRESHOLDS, Prepared, Tally, Trial, trials
+from memcube.activation.fidelity import Prepared, Tally, Trial, trials
+from memcube.activation.fidelity_report import THRESHOLDS
 from memcube.activation.forward import KvBuffer, PackedModel, Row
 from memcube.activation.layout import KvLayout
 from memcube.activation.models import LoadedModel, load_model

@@ -304,6 +304,7 @@ def handed_over() -> list[Figure]:
 
     with tempfile.TemporaryDirectory(prefix="kv-ray-") as folder:
         ray.init(
+            address="local",
             num_cpus=2,
             object_store_memory=512 * 1024**2,
             include_dashboard=False,
