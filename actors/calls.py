@@ -1,4 +1,4 @@
-"""Waiting for an actor: always with a deadline, and with the system's own errors."""
+"""Waiting for an actor: with a deadline, and with the system's own errors."""
 
 import asyncio
 import pickle
@@ -25,8 +25,8 @@ def unpack(packed: bytes) -> Any:
     return pickle.loads(packed)
 
 
-async def answer(ref: ObjectRef, *, of: str, deadline_s: float) -> Any:
-    """What a remote call returned.
+async def answer(ref: ObjectRef, *, of: str, deadline_s: float | None) -> Any:
+    """What a remote call returned. Without a deadline is work that its caller can end otherwise.
 
     Raises:
         MemCubeError: what the callee raised.

@@ -10,6 +10,8 @@ from ray.actor import ActorHandle
 
 from actors import NAMESPACE
 from actors.calls import answer
+from actors.nodes import PLACED, on_head
+from actors.placement import EMBEDDER_GPU
 from memcube.config import Config
 from memcube.embedding import open_embedder
 from memcube.embedding.contract import Purpose
@@ -72,9 +74,10 @@ def spawn_embedder_actor(config: Config) -> ActorHandle[Any]:
             namespace=NAMESPACE,
             lifetime="detached",
             get_if_exists=True,
-            num_cpus=0,
-            num_gpus=0.25 if on_gpu else 0,
+            num_cpus=PLACED,
+            num_gpus=EMBEDDER_GPU if on_gpu else 0,
             max_concurrency=1000,
+            scheduling_strategy=on_head(),
             max_restarts=-1,
             max_task_retries=-1,
             enable_task_events=False,

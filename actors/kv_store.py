@@ -21,6 +21,8 @@ from ray.exceptions import GetTimeoutError, ObjectLostError, ObjectStoreFullErro
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors import NAMESPACE
+from actors.nodes import PLACED
+from actors.objects import open_objects
 from memcube.activation.disk import DiskMedium
 from memcube.activation.keyring import Keyring
 from memcube.activation.layout import KvLayout
@@ -31,10 +33,9 @@ from memcube.activation.payload import KvPayload
 from memcube.activation.quantise import Arrays
 from memcube.activation.stats import MediumStats
 from memcube.catalog import Catalog
+from memcube.chat.forgetting import gone
 from memcube.config import Config
-from memcube.errors import BadRequest, StorageFull, Unavailable
-from memcube.ids import CubeId, TenantId
-from memcube.objects import ObjectStore
+from memcube.errors import StorageFull, Unavailable
 from memcube.objects.blocking import BlockingObjects
 from memcube.policies.retention import Item, Retention
 
@@ -164,6 +165,10 @@ class KvStoreActor:
         """Bytes that hold any of these cubes, by medium."""
         return self._media.residency(cubes)
 
+    async def members(self) -> set[str]:
+        """The cubes and adapters that payloads here hold."""
+        return set().union(*self._media.members().values())
+
     async def stats(self) -> list[MediumStats]:
         """Each medium's bytes and counts."""
         return self._media.stats()
@@ -171,23 +176,21 @@ class KvStoreActor:
     def _sweep_on(self) -> None:
         while not self._ending.wait(self._config.activation.sweep_s):
             try:
-                if gone := self._sweep():
-                    log.info("dropped the KV of %d cubes that are gone", gone)
+                if count := self._sweep():
+                    log.info("dropped the KV of %d cubes and adapters that are gone", count)
             except Exception:
                 log.exception("a sweep failed; the next one tries again")
 
     def _sweep(self) -> int:
-        """Drop the KV of cubes that are gone from the catalog: deleted or expired while this actor,
-        or the one that should have told it, was not there. Returns how many cubes that were."""
-        gone = 0
+        """Drop the KV of cubes and adapters that are gone from the catalog: deleted, expired or stopped
+        while this actor, or the one that should have told it, was not there. Returns how many."""
+        count = 0
         now = datetime.now(UTC)
         for tenant, members in self._media.members().items():
-            ids = [CubeId(member) for member in members]
-            live = self._catalog.cubes.live_versions(TenantId(tenant), ids, now=now)
-            if dead := [id for id in ids if id not in live]:
+            if dead := gone(self._catalog, tenant, members, now=now):
                 self._media.delete_members(dead, tenant)
-                gone += len(dead)
-        return gone
+                count += len(dead)
+        return count
 
     async def close(self) -> None:
         """Copy to disk what only memory holds; the actor is of no use afterwards."""
@@ -222,35 +225,6 @@ class RemoteKvStore:
         return ray.get(refs, timeout=CALL_DEADLINE_S)
 
 
-async def open_objects(config: Config) -> ObjectStore:
-    """The object store of a configuration.
-
-    Raises:
-        BadRequest: an S3 endpoint without its keys in the environment.
-        Unavailable: the server does not answer.
-    """
-    objects = config.objects
-    if objects.s3_endpoint is None:
-        from memcube.objects.folder import FolderStore
-
-        return FolderStore.open(objects.folder or Path(config.data_dir) / "objects")
-    from memcube.objects.s3 import S3Settings, S3Store
-
-    access, secret = (os.environ.get(f"MEMCUBE_S3_{name}_KEY") for name in ("ACCESS", "SECRET"))
-    if not access or not secret:
-        raise BadRequest(
-            "set MEMCUBE_S3_ACCESS_KEY and MEMCUBE_S3_SECRET_KEY", "objects.s3_endpoint"
-        )
-    settings = S3Settings(
-        endpoint=objects.s3_endpoint,
-        bucket=objects.s3_bucket,
-        access_key=access,
-        secret_key=secret,
-        secure=objects.s3_secure,
-    )
-    return await S3Store.open(settings, create_bucket=True)
-
-
 def spawn_kv_store_actor(
     config: Config, *, node: str, model: str, layout: KvLayout
 ) -> ActorHandle[Any]:
@@ -265,7 +239,7 @@ def spawn_kv_store_actor(
             namespace=NAMESPACE,
             lifetime="detached",
             get_if_exists=True,
-            num_cpus=0,
+            num_cpus=PLACED,
             max_concurrency=64,
             max_restarts=-1,
             max_task_retries=-1,

@@ -6,31 +6,35 @@ from typing import Any
 from ray.actor import ActorHandle
 
 from actors.embedder import spawn_embedder_actor
+from actors.jobs import spawn_jobs_actor
 from actors.kv_cache import spawn_kv_cache_actor
-from actors.qdrant import spawn_qdrant_actor
+from actors.qdrant import Homes, RemoteShards
 from actors.scheduler import spawn_scheduler_actor
 from memcube.config import Config
 
 
 @dataclass(frozen=True, slots=True)
 class System:
-    """Handles of one system's actors; ``shards`` and ``engines`` by number."""
+    """Handles of one system's actors; ``engines`` by number. ``jobs`` runs queued work; a system without
+    engines has none, as nothing could serve what it makes."""
 
     embedder: ActorHandle[Any]
-    shards: list[ActorHandle[Any]]
+    shards: RemoteShards
     scheduler: ActorHandle[Any]
     engines: list[ActorHandle[Any]]
+    jobs: ActorHandle[Any] | None
 
 
-def ensure_system(config: Config) -> System:
-    """The actors, made where they are missing. They open their stores on their own."""
+def ensure_system(config: Config, homes: Homes) -> System:
+    """The actors, made where they are missing; ``homes`` says which nodes shards belong on
+    (``memcube.catalog.ShardBook.homes``). They open their stores on their own."""
     embedder = spawn_embedder_actor(config)
-    shards = [
-        spawn_qdrant_actor(config, shard=number, embedder=embedder)
-        for number in range(config.plaintext.shards)
-    ]
-    scheduler = spawn_scheduler_actor(config, embedder=embedder, shards=shards)
+    shards = RemoteShards(config, embedder, homes)
+    for number in sorted({*range(config.plaintext.shards), *homes()}):
+        shards(number)
     engines = [
         spawn_kv_cache_actor(config, number=number) for number in range(config.activation.actors)
     ]
-    return System(embedder, shards, scheduler, engines)
+    scheduler = spawn_scheduler_actor(config, embedder=embedder, engines=engines)
+    jobs = spawn_jobs_actor(config) if config.activation.actors else None
+    return System(embedder, shards, scheduler, engines, jobs)

@@ -10,13 +10,17 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from memcube.errors import BadRequest
+from memcube.cube import Kind
+from memcube.errors import BadRequest, UnknownBackend
+from memcube.ids import TenantId
+from memcube.scheduler.settings import MoveLimits, Profile, Profiles
 
+_T = TypeVar("_T")
 _PASSWORD = re.compile(r"(://[^\s/@:]*:)[^\s@]+@")
 
 
@@ -35,6 +39,21 @@ class RayConfig(_Section):
     """The Ray cluster: ``address`` joins an existing one, none starts a local one."""
 
     address: str | None = None
+    node_ip: str = Field(
+        default="127.0.0.1",
+        description="of a local cluster: this machine's address that other nodes reach; a loopback one "
+        "is the one that Ray finds",
+    )
+    port: int = Field(
+        default=0,
+        ge=0,
+        le=65535,
+        description="of a local cluster, for nodes to join; 0 picks a free one",
+    )
+    ship_code: bool = Field(
+        default=True,
+        description="send this checkout to the nodes of an existing cluster; false where all have it",
+    )
     object_store_mb: int | None = Field(
         default=None, ge=80, description="none is 256 and what activation.host_mb takes"
     )
@@ -53,6 +72,12 @@ class PlaintextConfig(_Section):
     backend: Literal["edge", "server"] = "edge"
     url: str | None = None
     shards: int = Field(default=1, ge=1, le=256)
+    shard_per_node: bool = Field(
+        default=True, description="give a node that joins a shard of its own, and tenants to it"
+    )
+    shard_mb: int = Field(
+        default=65_536, ge=64, description="room of a shard that placement reckons with"
+    )
 
 
 class EmbedderConfig(_Section):
@@ -83,7 +108,8 @@ class ModelConfig(_Section):
 
 
 class VllmConfig(_Section):
-    """vLLM as the engine. ``lora_rank`` is the largest of an adapter; 0 loads none."""
+    """vLLM as the engine. ``lora_rank`` is the largest of an adapter, ``max_loras`` how many one step
+    holds; with rank 0 it serves none."""
 
     gpu_memory_fraction: float = Field(default=0.9, gt=0, le=1)
     tensor_parallel: int = Field(default=1, ge=1, le=64)
@@ -137,11 +163,60 @@ class AdaptersConfig(_Section):
     resident_mb: int = Field(default=256, ge=0, description="of one engine; 0 serves none")
 
 
+class TrainingConfig(_Section):
+    """Jobs that train adapters, and their workers. ``recipe``, ``data`` and ``gate`` change single
+    defaults of ``memcube.parametric``'s Recipe, DataSettings and Thresholds. ``retrain`` queues a job
+    where a memory inside a serving adapter has changed or is gone.
+
+    ``engine`` auto is DeepSpeed where it is installed, and torch alone elsewhere, which takes one
+    worker. ``zero_stage`` is what workers share instead of each holding it: 0 nothing, 1 the
+    optimizer, 2 gradients too, 3 weights too. Each worker is an actor with ``cpus_per_worker`` CPUs,
+    or ``gpus_per_worker`` GPUs where the model is on GPUs. All workers write to ``folder``, so on
+    several machines it lies on storage that they share.
+    """
+
+    recipe: dict[str, Any] = Field(default_factory=dict)
+    data: dict[str, Any] = Field(default_factory=dict)
+    gate: dict[str, Any] = Field(default_factory=dict)
+    retrain: bool = True
+    poll_s: float = Field(default=1.0, gt=0, description="how often queued jobs are looked for")
+    max_open_jobs: int = Field(default=16, ge=1, description="of one tenant")
+    folder: Path | None = Field(
+        default=None,
+        description="where jobs work, shared by all workers; none is in the data folder",
+    )
+    engine: Literal["auto", "torch", "deepspeed"] = "auto"
+    zero_stage: int = Field(default=1, ge=0, le=3)
+    workers: int = Field(default=1, ge=1, le=64)
+    placement: Literal["pack", "spread"] = "pack"
+    cpus_per_worker: int = Field(
+        default=1, ge=1, le=256, description="of Ray's count, and torch's threads on a CPU"
+    )
+    gpus_per_worker: float | None = Field(
+        default=None,
+        gt=0,
+        le=1,
+        description="none is what an engine leaves of its GPU, and a whole one each of several",
+    )
+    nice: int = Field(
+        default=10,
+        ge=0,
+        le=19,
+        description="added to a worker's niceness, which Ray makes 15 (19 is the most): serving first",
+    )
+    place_s: float = Field(default=60.0, gt=0, description="how long to wait for free CPUs or GPUs")
+    load_s: float = Field(default=300.0, gt=0, description="how long the model may take to load")
+    timeout_s: float = Field(
+        default=120.0, gt=0, description="how long a worker may say nothing until it is given up"
+    )
+
+
 class ChatConfig(_Section):
     """``POST /v1/chat/completions``. ``mode`` is how stored KV is used where a request doesn't say.
 
     ``adapter`` auto lets the adapter answer that serves the scope of a chat; named only one that the
-    request's model names.
+    request's model names. ``parametric`` is where memories stand that this adapter holds, where a
+    request doesn't say: in the prompt beside it, or in the adapter instead.
     """
 
     mode: Literal["exact", "blend", "fast", "off"] = "exact"
@@ -149,6 +224,7 @@ class ChatConfig(_Section):
     query_chars: int = Field(default=2_000, ge=1, description="of the question, for the search")
     deadline_s: float = Field(default=300.0, gt=0)
     adapter: Literal["auto", "named"] = "auto"
+    parametric: Literal["beside", "instead"] = "beside"
 
 
 class ObjectsConfig(_Section):
@@ -201,6 +277,7 @@ class Limits(_Section):
     )
     members: int = Field(default=10_000, ge=1)
     token_budget: int = Field(default=32_768, ge=1024)
+    rollback_cubes: int = Field(default=2_000, ge=1, description="that one rollback may change")
 
 
 class GatewayConfig(_Section):
@@ -212,8 +289,44 @@ class GatewayConfig(_Section):
     request_timeout_s: float = Field(default=120.0, gt=0)
 
 
+class ProfileConfig(_Section):
+    """What is changed of a ``memcube.scheduler.settings.Profile``: by which policies, strategies and
+    thresholds a tenant's cubes are tiered. What is left out stays as it is."""
+
+    policies: tuple[str, ...] | None = None
+    strategies: dict[str, float] | None = None
+    wanted_labels: frozenset[str] | None = None
+    promote_score: float | None = None
+    demote_score: float | None = None
+    margin: float | None = None
+    stable_s: float | None = None
+    settle_s: float | None = None
+    rate: float | None = None
+    recency_s: float | None = None
+    lasting_s: float | None = None
+    lasting_rate: float | None = None
+    abstract: frozenset[Kind] | None = None
+    min_cubes: int | None = None
+    propose_every_s: float | None = None
+    heal_after_s: float | None = None
+    balance_gap: float | None = None
+
+
+class MovesConfig(_Section):
+    """What is changed of ``memcube.scheduler.settings.MoveLimits``: bounds of a round, and of moves at once."""
+
+    max_actions: int | None = None
+    max_bytes: int | None = None
+    tenant_fraction: float | None = None
+    max_moves: int | None = None
+    max_moves_per_node: int | None = None
+    bytes_per_s: float | None = None
+    burst_bytes: int | None = None
+
+
 class SchedulerConfig(_Section):
-    """The control plane's loop."""
+    """The control plane. ``profile`` holds for all tenants, ``tenants`` changes it for single ones, and
+    ``consents`` names those whose owners let their memories be trained unasked (or ``all``)."""
 
     interval_s: float = Field(default=2.0, gt=0)
     pending_grace_s: float = Field(
@@ -221,6 +334,96 @@ class SchedulerConfig(_Section):
     )
     batch: int = Field(default=128, ge=1)
     usage_flush_s: float = Field(default=1.0, gt=0)
+    expired_kept_s: float = Field(
+        default=0.0, ge=0, description="keep what has run out for so long, unread, then wipe it"
+    )
+    merge: Literal["off", "propose", "apply"] = Field(
+        default="propose", description="what becomes of near-duplicates and contradictions"
+    )
+    consolidate: Literal["off", "propose", "apply"] = Field(
+        default="propose", description="what becomes of memories that could be an adapter"
+    )
+    compare_s: float = Field(
+        default=60.0, gt=0, description="how often what lies there is compared with the catalog"
+    )
+    kept_days: float = Field(
+        default=30.0, gt=0, description="how long the journal and the queue keep what has ended"
+    )
+    profile: ProfileConfig = ProfileConfig()
+    tenants: dict[str, ProfileConfig] = Field(default_factory=dict)
+    limits: MovesConfig = MovesConfig()
+    consents: list[str] | Literal["all"] = Field(default_factory=list)
+
+    @field_validator("consents", mode="before")
+    @classmethod
+    def _names_tenants(cls, given: Any) -> Any:
+        if isinstance(given, str) and given != "all":
+            raise BadRequest("a list of tenants, or all", "scheduler.consents")
+        return given
+
+    @model_validator(mode="after")
+    def _can_be_made(self) -> "SchedulerConfig":
+        self.profiles()
+        self.move_limits()
+        return self
+
+    def profiles(self) -> Profiles:
+        """Of all tenants.
+
+        Raises:
+            BadRequest: values that don't go together, or a name that is not built; says where.
+        """
+        common = self.profile.model_dump(exclude_none=True)
+        default = _made(Profile, common, "scheduler.profile")
+        tenants = {
+            TenantId(tenant): _made(
+                Profile, common | own.model_dump(exclude_none=True), f"scheduler.tenants.{tenant}"
+            )
+            for tenant, own in self.tenants.items()
+        }
+        return Profiles(default=default, tenants=tenants)
+
+    def move_limits(self) -> MoveLimits:
+        """Bounds of moves.
+
+        Raises:
+            BadRequest: one that can't be.
+        """
+        return _made(MoveLimits, self.limits.model_dump(exclude_none=True), "scheduler.limits")
+
+    def consents_to_training(self, tenant: TenantId) -> bool:
+        """Whether a tenant's owner lets its memories be trained unasked."""
+        return self.consents == "all" or tenant in self.consents
+
+
+def _made(kind: type[_T], given: Mapping[str, Any], where: str) -> _T:
+    try:
+        return kind(**given)
+    except BadRequest as wrong:
+        section, _, name = (wrong.field or "").partition(".")
+        raise BadRequest(wrong.what, f"{where}.{name}" if section and name else where) from None
+    except UnknownBackend as wrong:
+        raise BadRequest(str(wrong), where) from None
+
+
+class LifecycleConfig(_Section):
+    """How memories fade, merge and are archived.
+
+    ``forget`` is what becomes of one whose strength has fallen below ``forget_below``: it halves in
+    each ``half_life_days`` without a use or a change. Frozen cubes and what a snapshot shows are kept.
+    Two cubes are near-duplicates from ``merge_cosine`` and ``merge_overlap`` (of their words) on. With
+    ``archive`` archived cubes are copied to the object store, sealed by tenant with
+    ``archive_encrypt``: keep ``archive.keyring`` of the data folder with your backups then.
+    """
+
+    half_life_days: float = Field(default=30.0, gt=0)
+    forget: Literal["off", "archive", "delete"] = "off"
+    forget_below: float = Field(default=0.01, gt=0, lt=1)
+    merge_cosine: float = Field(default=0.9, gt=0, le=1)
+    merge_overlap: float = Field(default=0.8, gt=0, le=1)
+    merge_cubes: int = Field(default=200, ge=1, le=1000, description="looked at by one search")
+    archive: bool = True
+    archive_encrypt: bool = True
 
 
 class Config(_Section):
@@ -238,15 +441,23 @@ class Config(_Section):
     model: ModelConfig = ModelConfig()
     activation: ActivationConfig = ActivationConfig()
     adapters: AdaptersConfig = AdaptersConfig()
+    training: TrainingConfig = TrainingConfig()
     chat: ChatConfig = ChatConfig()
     objects: ObjectsConfig = ObjectsConfig()
     reader: ReaderConfig = ReaderConfig()
     gateway: GatewayConfig = GatewayConfig()
     scheduler: SchedulerConfig = SchedulerConfig()
+    lifecycle: LifecycleConfig = LifecycleConfig()
     limits: Limits = Limits()
     retrieval_weights: Path | None = Field(
         default=None, description="a ranker's weights file; none is the one in the package"
     )
+
+    def serves_adapters(self) -> bool:
+        """Whether the engines do."""
+        if self.activation.engine == "vllm":
+            return self.activation.vllm.lora_rank > 0
+        return self.adapters.resident_mb > 0
 
     def object_store_bytes(self) -> int:
         """What Ray's object store may take of memory: messages, and KV payloads in host memory."""
@@ -263,6 +474,10 @@ class Config(_Section):
             return self.model_cache
         cache = environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
         return Path(cache) / "memcube" / "models"
+
+    def training_folder(self) -> Path:
+        """Where jobs that train work."""
+        return self.training.folder or Path(self.data_dir) / "jobs"
 
     def catalog_url(self, environ: Mapping[str, str] = os.environ) -> str:
         """The catalog's address; a relative SQLite file lies in the data folder."""

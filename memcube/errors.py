@@ -16,8 +16,10 @@ MemCubeError
 ├── Unavailable           a part of the system can't answer now
 │   ├── DeadlineExceeded      an answer did not come in time
 │   ├── TooBusy               the queue is full; nothing was started
+│   ├── Moved                 a tenant's memories are on their way to another shard
 │   └── StorageFull           no room left on the device
 ├── Corrupt               stored data failed its check
+├── AdapterUnusable       an engine can't compute with an adapter; within the system alone
 ├── ModelAnswerInvalid    a configured model answered with something unusable
 └── UnknownBackend        a name that is not built
 
@@ -234,6 +236,17 @@ class TooBusy(Unavailable):
     status = 429
 
 
+class Moved(Unavailable):
+    """``Moved(tenant, shard)``: a tenant's memories are on their way, or lie elsewhere by now; within the
+    system alone, where it is followed."""
+
+    code = "moved"
+
+    def __init__(self, tenant: str, shard: int) -> None:
+        super().__init__(f"memories of tenant {tenant!r} are being moved from shard {shard}")
+        self.args = (tenant, shard)
+
+
 class StorageFull(Unavailable):
     """``StorageFull(where)``: no room left; reads go on."""
 
@@ -256,6 +269,22 @@ class Corrupt(MemCubeError):
 
     def __str__(self) -> str:
         return f"{self.where}: {self.what}"
+
+
+class AdapterUnusable(MemCubeError):
+    """``AdapterUnusable(id, why)``: an engine can't compute with an adapter, and ``why`` says what is
+    wrong. Nothing was said yet. A caller of the system gets ``why``, or an answer without it."""
+
+    code = "adapter_unusable"
+    status = 503
+
+    def __init__(self, id: str, why: MemCubeError) -> None:
+        super().__init__(id, why)
+        self.id = id
+        self.why = why
+
+    def __str__(self) -> str:
+        return f"adapter {self.id!r}: {self.why}"
 
 
 class ModelAnswerInvalid(MemCubeError):

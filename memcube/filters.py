@@ -114,6 +114,14 @@ def all_of(*parts: Filter | None) -> Filter | None:
     return And(tuple(flat))
 
 
+def of_scope(user_id: str | None, agent_id: str | None, run_id: str | None) -> Filter | None:
+    """What has all of the ids that are given; None where none is."""
+    given = {"user_id": user_id, "agent_id": agent_id, "run_id": run_id}
+    return all_of(
+        *(Compare(name, Op.EQ, value) for name, value in given.items() if value is not None)
+    )
+
+
 def parse_filter(data: object) -> Filter | None:
     """The filter of a JSON value; None for an absent or empty one.
 

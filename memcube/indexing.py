@@ -18,10 +18,22 @@ from memcube.errors import StaleEpoch, Unavailable
 from memcube.ids import CubeId, TenantId
 from memcube.lifecycle import SEARCHABLE
 from memcube.retrieval.passage import passage_text
+from memcube.tiers.moving import Whereabouts
 from memcube.tiers.plaintext import IndexedCube, Vector
 from memcube.tiers.shard import ShardClient, ShardInfo
 
 Clock = Callable[[], datetime]
+
+
+def whereabouts(catalog: Catalog) -> Whereabouts:
+    """Follows tenants by what the catalog says."""
+
+    async def shard_of(tenant: TenantId) -> int:
+        return await asyncio.to_thread(catalog.shards.shard_of, tenant)
+
+    return Whereabouts(shard_of)
+
+
 Shards = Callable[[int], ShardClient]
 
 MAX_STALE_RETRIES = 5
@@ -75,6 +87,7 @@ class Indexer:
         self._shards = shards
         self._clock = clock
         self._infos: dict[int, ShardInfo] = {}
+        self._whereabouts = whereabouts(catalog)
 
     async def index(self, cubes: Sequence[MemCube], *, shard: int) -> None:
         """Bring cubes into the index at their present version. Idempotent.
@@ -85,17 +98,30 @@ class Indexer:
             Unavailable: the embedder or the shard did not answer; the catalog still lists the
                 cubes as pending, and the reconcile loop will index them.
         """
-        wanted = [cube for cube in cubes if cube.text and cube.state in SEARCHABLE]
-        slices = [wanted[i : i + PUT_SLICE] for i in range(0, len(wanted), PUT_SLICE)]
-        await asyncio.gather(*(self._index_slice(part, shard) for part in slices))
+        wanted: dict[TenantId, list[MemCube]] = defaultdict(list)
+        for cube in cubes:
+            if cube.text and cube.state in SEARCHABLE:
+                wanted[cube.tenant].append(cube)
+        await asyncio.gather(
+            *(
+                self._index_slice(tenant, mine[i : i + PUT_SLICE], shard)
+                for tenant, mine in wanted.items()
+                for i in range(0, len(mine), PUT_SLICE)
+            )
+        )
 
-    async def _index_slice(self, cubes: Sequence[MemCube], shard: int) -> None:
+    async def _index_slice(self, tenant: TenantId, cubes: Sequence[MemCube], shard: int) -> None:
         texts = [passage_text(cube.text, speaker=cube.descriptive.speaker) for cube in cubes]
         vectors = await self._embedder.embed(texts, Purpose.PASSAGE)
         rows = {cube.id: indexed_cube(cube, vectors[i]) for i, cube in enumerate(cubes)}
         known = {cube.id: cube for cube in cubes}
 
-        async def put(info: ShardInfo) -> None:
+        tried: set[int] = set()
+
+        async def put(shard: int, info: ShardInfo) -> None:
+            if tried and shard not in tried:
+                await look_again()  # tombstones stay with the shard that the tenant left
+            tried.add(shard)
             await self._shards(shard).put(list(rows.values()), epoch=info.epoch)
 
         async def look_again() -> None:
@@ -104,39 +130,47 @@ class Indexer:
             known = await self._still_current(known.values())
             rows = {id: rows[id] for id in known}
 
-        info = await self._at_epoch(shard, put, look_again)
-        for tenant, versions in _by_tenant(known.values()).items():
-            await asyncio.to_thread(
-                self._catalog.index.mark,
-                tenant,
-                versions,
-                sizes={id: _size_bytes(known[id], self._embedder.dim) for id in versions},
-                index=info.index,
-                location=info.location,
-                epoch=info.epoch,
-                now=self._clock(),
-            )
+        info, shard = await self._whereabouts.follow(
+            tenant, shard, lambda shard: self._at_epoch(shard, put, look_again)
+        )
+        await asyncio.to_thread(
+            self._catalog.index.mark,
+            tenant,
+            {id: cube.version for id, cube in known.items()},
+            sizes={id: _size_bytes(cube, self._embedder.dim) for id, cube in known.items()},
+            index=info.index,
+            shard=shard,
+            epoch=info.epoch,
+            now=self._clock(),
+        )
 
     async def remove(self, tenant: TenantId, versions: Mapping[CubeId, int], *, shard: int) -> None:
         """Take cubes out of the index, up to these versions. Idempotent."""
         if not versions:
             return
 
-        async def delete(info: ShardInfo) -> None:
+        async def delete(shard: int, info: ShardInfo) -> None:
             await self._shards(shard).delete(tenant, versions, epoch=info.epoch)
 
-        await self._at_epoch(shard, delete)
+        await self._whereabouts.follow(tenant, shard, lambda shard: self._at_epoch(shard, delete))
         await asyncio.to_thread(self._catalog.index.mark_removed, tenant, list(versions))
 
     async def set_state(
         self, tenant: TenantId, ids: Sequence[CubeId], state: str, *, shard: int
     ) -> None:
         """Tell the index of a new state. If it can't be told, the cubes are put again later."""
-        try:
+
+        async def tell(shard: int) -> None:
             info = await self.info(shard)
-            await self._shards(shard).set_state(tenant, ids, state, epoch=info.epoch)
+            try:
+                await self._shards(shard).set_state(tenant, ids, state, epoch=info.epoch)
+            except (StaleEpoch, Unavailable):
+                self._infos.pop(shard, None)
+                raise
+
+        try:
+            await self._whereabouts.follow(tenant, shard, tell)
         except (StaleEpoch, Unavailable):
-            self._infos.pop(shard, None)
             await asyncio.to_thread(self._catalog.index.unmark, tenant, ids, now=self._clock())
 
     async def info(self, shard: int) -> ShardInfo:
@@ -149,7 +183,7 @@ class Indexer:
     async def _at_epoch(
         self,
         shard: int,
-        write: Callable[[ShardInfo], Awaitable[None]],
+        write: Callable[[int, ShardInfo], Awaitable[None]],
         refused: Callable[[], Awaitable[None]] | None = None,
     ) -> ShardInfo:
         """Write under the shard's present epoch; after a restart of the shard, under its new one.
@@ -160,7 +194,7 @@ class Indexer:
         for attempt in range(MAX_STALE_RETRIES):
             info = await self.info(shard)
             try:
-                await write(info)
+                await write(shard, info)
             except StaleEpoch:
                 self._infos.pop(shard, None)
                 if attempt + 1 == MAX_STALE_RETRIES:

@@ -8,12 +8,13 @@ deleted, expired or changed cube is not returned even while the index still hold
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import TypeVar
 
 from memcube.catalog import (
+    UNSET,
     AddResult,
     Catalog,
     Change,
@@ -29,28 +30,27 @@ from memcube.catalog import (
 )
 from memcube.config import Limits
 from memcube.context import ContextBlock, Passage, build_context
-from memcube.cube import Draft, Kind, MemCube, Origin, Parent, Relation, Residency, Shape, Version
+from memcube.cube import Draft, Kind, MemCube, Parent, Relation, Residency, Shape, Version
 from memcube.errors import (
     BadRequest,
     Forbidden,
     LimitExceeded,
     MemCubeError,
-    StaleEpoch,
-    Unavailable,
 )
-from memcube.filters import Compare, Filter, Op, all_of
+from memcube.filters import Compare, Filter, Op, all_of, of_scope
+from memcube.fusing import fused_draft
 from memcube.ids import CubeId, TenantId, parse_cube_id
-from memcube.indexing import Clock, Indexer, Shards
+from memcube.indexing import Clock, Indexer, Shards, whereabouts
 from memcube.lifecycle import SEARCHABLE, Event
 from memcube.reader import Reader, Reading
 from memcube.reader.messages import Header, Message
 from memcube.retrieval.ranker import Hit, Mode
+from memcube.settling import Changed, Settling
 from memcube.window import Window
 
 T = TypeVar("T")
-Used = Callable[[TenantId, Sequence[CubeId]], None]
-Changed = Callable[[TenantId, Sequence[CubeId]], Awaitable[None]]
-"""Told of cubes whose text is no longer what it was, and awaited before the caller is answered."""
+Used = Callable[[TenantId, Mapping[CubeId, float]], None]
+"""Told of cubes that a search found, each with how close it was to the query, from 0 to 1; 0: not known."""
 
 CONTEXT_CANDIDATES = 50
 
@@ -118,10 +118,11 @@ class MemoryService:
         self._reader = reader
         self._indexer = indexer
         self._shards = shards
+        self._whereabouts = whereabouts(catalog)
         self._clock = clock
         self._limits = limits
         self._used = used
-        self._changed = changed
+        self._settling = Settling(catalog, indexer, changed, clock=clock)
 
     async def authenticate(self, secret: str) -> Principal:
         """Who a key belongs to. Asked on every request, so a revoked key ends at once."""
@@ -242,6 +243,8 @@ class MemoryService:
                 # The first try may have ended behind its commit. What isn't indexed is pending.
                 cube = before.results[0].cube
                 await self._forget_kv(principal, [cube.id])
+                if change.text is not UNSET:
+                    await self._take_back(principal, [cube.id])
                 return cube
         cube = await self._run(
             self._catalog.cubes.update,
@@ -255,15 +258,18 @@ class MemoryService:
             idempotency=idempotency,
         )
         await self._forget_kv(principal, [cube.id])
+        if change.text is not UNSET:
+            await self._take_back(principal, [cube.id])
         return await self._reindexed(principal, cube)
 
     async def delete(self, principal: Principal, id: str) -> CubeId:
-        """Forget a cube: content and versions are wiped, and no answer holds it any more."""
+        """Forget a cube: content and versions are wiped, and no answer holds it any more.
+
+        So are the cubes that say what an adapter said of it. They go first, so that who tries again
+        after a failure forgets the rest.
+        """
         cube_id = parse_cube_id(id)
-        version = await self._run(
-            self._catalog.cubes.delete, principal.tenant, cube_id, now=self._clock()
-        )
-        await self._unindex(principal, {cube_id: version})
+        await self._settling.delete(principal.tenant, cube_id, shard=principal.shard)
         return cube_id
 
     async def delete_scope(
@@ -380,12 +386,13 @@ class MemoryService:
             self._catalog.cubes.fuse,
             principal.tenant,
             wanted,
-            _fused_draft(fused, parents),
+            fused_draft(fused, parents),
             author=principal.key_id,
             now=now,
             idempotency=idempotency,
         )
         await self._unindex(principal, {p.id: p.version for p in parents})
+        await self._take_back(principal, wanted)
         return await self._reindexed(principal, cube)
 
     async def rollback(self, principal: Principal, id: str, version: int) -> MemCube:
@@ -399,6 +406,7 @@ class MemoryService:
             now=self._clock(),
         )
         await self._forget_kv(principal, [cube.id])
+        await self._take_back(principal, [cube.id])
         return await self._reindexed(principal, cube)
 
     async def set_frozen(self, principal: Principal, id: str, frozen: bool) -> MemCube:
@@ -413,25 +421,22 @@ class MemoryService:
 
     async def archive(self, principal: Principal, id: str) -> MemCube:
         """Take a cube out of search; it stays readable by id."""
-        cube = await self._transition(principal, id, Event.ARCHIVE)
-        await self._unindex(principal, {cube.id: cube.version})
+        cube = await self._settling.archive(
+            principal.tenant, parse_cube_id(id), shard=principal.shard, author=principal.key_id
+        )
         return replace(cube, indexed=False)
 
     async def restore(self, principal: Principal, id: str) -> MemCube:
         """Bring an archived or merged cube back into search, as a new version."""
-        return await self._reindexed(
-            principal, await self._transition(principal, id, Event.RESTORE)
-        )
-
-    async def _transition(self, principal: Principal, id: str, event: Event) -> MemCube:
-        return await self._run(
+        restored = await self._run(
             self._catalog.cubes.transition,
             principal.tenant,
             parse_cube_id(id),
-            event,
+            Event.RESTORE,
             author=principal.key_id,
             now=self._clock(),
         )
+        return await self._reindexed(principal, restored)
 
     # -- read ----------------------------------------------------------------------------------
 
@@ -502,7 +507,7 @@ class MemoryService:
 
     async def drop_kv(self, principal: Principal, ids: Sequence[CubeId]) -> None:
         """Note that no KV of these cubes lies anywhere."""
-        await self._run(self._catalog.kv.drop, principal.tenant, ids)
+        await self._run(self._catalog.kv.drop, principal.tenant, ids, now=self._clock())
 
     async def search(
         self,
@@ -523,22 +528,31 @@ class MemoryService:
         started = time.perf_counter()
         now = self._clock()
         where = await self._where(principal, scope, now)
-        hits = await self._shards(principal.shard).search(
+        hits, _ = await self._whereabouts.follow(
             principal.tenant,
-            query,
-            where=where,
-            now=now,
-            limit=top_k,
-            mode=mode,
-            threshold=threshold,
-            explain=explain,
+            principal.shard,
+            lambda shard: self._shards(shard).search(
+                principal.tenant,
+                query,
+                where=where,
+                now=now,
+                limit=top_k,
+                mode=mode,
+                threshold=threshold,
+                explain=explain,
+            ),
         )
         searched = time.perf_counter()
         live = await self._run(
             self._catalog.cubes.live_versions, principal.tenant, [hit.id for hit in hits], now=now
         )
         hits = [hit for hit in hits if live.get(hit.id) == hit.cube.version]
-        self._used(principal.tenant, [hit.id for hit in hits])
+        # A BM25 score has no bounds.
+        near = mode is not Mode.SPARSE
+        self._used(
+            principal.tenant,
+            {hit.id: min(max(hit.score, 0.0), 1.0) if near else 0.0 for hit in hits},
+        )
         return Found(
             hits=hits,
             search_ms=(searched - started) * 1e3,
@@ -609,15 +623,7 @@ class MemoryService:
     async def _where(
         self, principal: Principal, scope: SearchScope, now: datetime
     ) -> Filter | None:
-        conditions: list[Filter | None] = [
-            Compare(name, Op.EQ, value)
-            for name, value in (
-                ("user_id", scope.user_id),
-                ("agent_id", scope.agent_id),
-                ("run_id", scope.run_id),
-            )
-            if value is not None
-        ]
+        conditions: list[Filter | None] = [of_scope(scope.user_id, scope.agent_id, scope.run_id)]
         if scope.cube_ids:
             ids = await self._run(
                 self._catalog.cubes.expand,
@@ -646,27 +652,17 @@ class MemoryService:
         await self._indexer.index(cubes, shard=principal.shard)
 
     async def _reindexed(self, principal: Principal, cube: MemCube) -> MemCube:
-        if cube.indexed or not cube.text:
-            return cube
-        try:
-            await self._index(principal, [cube])
-        except (Unavailable, StaleEpoch):
-            # The change is committed; the reconcile loop will index it, and `indexed` says so.
-            return cube
-        return replace(cube, indexed=True)
+        (settled,) = await self._settling.reindex([cube], shard=principal.shard)
+        return settled
+
+    async def _take_back(self, principal: Principal, ids: Sequence[CubeId]) -> None:
+        await self._settling.take_back(principal.tenant, ids, shard=principal.shard)
 
     async def _forget_kv(self, principal: Principal, ids: Iterable[CubeId]) -> None:
-        if self._changed is not None and (changed := list(ids)):
-            await self._changed(principal.tenant, changed)
+        await self._settling.forget_kv(principal.tenant, ids)
 
     async def _unindex(self, principal: Principal, versions: dict[CubeId, int]) -> None:
-        await self._forget_kv(principal, versions)
-        try:
-            await self._indexer.remove(principal.tenant, versions, shard=principal.shard)
-        except (Unavailable, StaleEpoch):
-            # No answer can hold these cubes (searches are checked against the catalog), and the
-            # catalog lists their payloads as pending removals.
-            return
+        await self._settling.unindex(principal.tenant, versions, shard=principal.shard)
 
     def _later(self, work: Awaitable[None]) -> None:
         task = asyncio.ensure_future(work)
@@ -730,42 +726,6 @@ def _lies_in(cube: MemCube, scope: SearchScope) -> bool:
             (scope.agent_id, d.agent_id),
             (scope.run_id, d.run_id),
         )
-    )
-
-
-def _fused_draft(text: str, parents: Sequence[MemCube]) -> Draft:
-    """The fused cube keeps what all parents agree on, and the strictest of their governance."""
-    first = parents[0]
-    d = first.descriptive
-
-    def agreed(name: str) -> str | None:
-        values = {getattr(parent.descriptive, name) for parent in parents}
-        return values.pop() if len(values) == 1 else None
-
-    order = {"public": 0, "normal": 1, "secret": 2}
-    expiries = [p.governance.expires_at for p in parents if p.governance.expires_at is not None]
-    tags = tuple(dict.fromkeys(tag for parent in parents for tag in parent.descriptive.tags))
-    return Draft(
-        text=text,
-        parents=tuple(
-            Parent(id=parent.id, version=parent.version, relation=Relation.FUSED)
-            for parent in parents
-        ),
-        user_id=agreed("user_id"),
-        agent_id=agreed("agent_id"),
-        run_id=agreed("run_id"),
-        kind=d.kind if agreed("kind") else Kind.FACT,
-        origin=Origin.INFERENCE,
-        speaker=agreed("speaker"),
-        role=agreed("role"),
-        tags=tags,
-        event_time=max(
-            (p.descriptive.event_time for p in parents if p.descriptive.event_time), default=None
-        ),
-        sources=tuple(source for parent in parents for source in parent.descriptive.sources)[:32],
-        sensitivity=max((p.governance.sensitivity for p in parents), key=lambda s: order[s]),
-        priority=max(parent.governance.priority for parent in parents),
-        expires_at=min(expiries, default=None),
     )
 
 

@@ -1,6 +1,7 @@
 """The routes of adapters: which there are, which serve, and back to the one before."""
 
 import asyncio
+from dataclasses import asdict
 from datetime import datetime
 from typing import Annotated, Any, Literal
 
@@ -10,13 +11,16 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from memcube.catalog import AdapterRecord
 from memcube.errors import Unavailable
+from memcube.objects import opened
+from memcube.parametric.limits import AdapterLimits
 from memcube.parametric.registry import AdapterFiles, AdapterRegistry
-from memcube.parametric.weights import AdapterLimits
 from serve.dependencies import Here, Reader, Writer, guarded
 from serve.models import Body
 
 AdapterId = Annotated[str, Path(max_length=64, examples=["01a20e3e-d04c-705b-a9c3-c4fffbea30a3"])]
+AtVersion = Annotated[int, Path(ge=1, le=2**31 - 1)]
 adapters = guarded("/v1/adapters", "adapters")
+held_by = guarded("/v1/cubes", "adapters")
 
 
 class ActivateBody(Body):
@@ -48,6 +52,29 @@ class AdapterOut(BaseModel):
     retired_at: datetime | None
 
 
+class InsideOut(BaseModel):
+    id: str
+    version: int
+
+
+class AdapterInsideOut(AdapterOut):
+    cubes: list[InsideOut]
+
+
+class HolderOut(BaseModel):
+    """A version of an adapter, and the version of the cube inside."""
+
+    adapter: str
+    version: int
+    state: Literal["candidate", "serving", "retired"]
+    cube: str
+    cube_version: int
+
+
+class HoldersOut(BaseModel):
+    adapters: list[HolderOut]
+
+
 class AdaptersOut(BaseModel):
     adapters: list[AdapterOut]
 
@@ -59,6 +86,27 @@ async def list_adapters(who: Reader, here: Here) -> JSONResponse:
     return JSONResponse({"adapters": [_view(record) for record in found]})
 
 
+@adapters.get(
+    "/{id}/versions/{version}", response_model=AdapterInsideOut, summary="What is inside a version"
+)
+async def inside(id: AdapterId, version: AtVersion, who: Reader, here: Here) -> JSONResponse:
+    """The version, and which version of which memory it was trained on. The other way round:
+    `GET /v1/cubes/{id}/adapters`."""
+    book = here.catalog.adapters
+    record = await asyncio.to_thread(book.get, who.tenant, id, version)
+    held = await asyncio.to_thread(book.inside, who.tenant, id, version)
+    cubes = [{"id": cube, "version": at} for cube, at in sorted(held.items())]
+    return JSONResponse(_view(record) | {"cubes": cubes})
+
+
+@held_by.get("/{id}/adapters", response_model=HoldersOut, summary="Adapters that hold a cube")
+async def holders(id: AdapterId, who: Reader, here: Here) -> JSONResponse:
+    """Every version of every adapter that was trained on the cube, and on which version of it."""
+    cube = await here.service.get(who, id)
+    found = await asyncio.to_thread(here.catalog.adapters.holding, who.tenant, cube.id)
+    return JSONResponse({"adapters": [asdict(holding) for holding in found]})
+
+
 @adapters.post("/{id}/activate", response_model=AdapterOut, summary="Let a version serve")
 async def activate(id: AdapterId, body: ActivateBody, who: Writer, here: Here) -> JSONResponse:
     """In place of the version that serves. Its file is read and checked first; one that holds a memory
@@ -68,12 +116,11 @@ async def activate(id: AdapterId, body: ActivateBody, who: Writer, here: Here) -
     limits = AdapterLimits.of(here.config.adapters)
     # The version first: without one, the store need not answer.
     await asyncio.to_thread(here.catalog.adapters.get, who.tenant, id, body.version)
-    objects = await here.open_objects()
-    try:
+    async with opened(here.open_objects) as objects:
         registry = AdapterRegistry(AdapterFiles(objects, limits), here.catalog.adapters)
         record = await registry.activate(who.tenant, id, body.version, now=here.clock())
-    finally:
-        await objects.close()
+    if here.forgetting is not None:
+        await here.forgetting(who.tenant, ())
     return JSONResponse(_view(record))
 
 
@@ -85,6 +132,8 @@ async def rollback_adapter(id: AdapterId, who: Writer, here: Here) -> JSONRespon
     record = await asyncio.to_thread(
         lambda: here.catalog.adapters.rollback(who.tenant, id, now=now)
     )
+    if here.forgetting is not None:
+        await here.forgetting(who.tenant, ())
     return JSONResponse(_view(record))
 
 

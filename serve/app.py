@@ -1,17 +1,19 @@
 """The HTTP application: routes, who may call them, and how errors are answered. No Ray in here."""
 
+import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable
 from datetime import datetime
 from typing import Annotated, Any
 
-from fastapi import APIRouter, FastAPI, Header, Path, Query, Request
+from fastapi import APIRouter, FastAPI, Path, Query, Request
 from fastapi.responses import JSONResponse, PlainTextResponse
 
 from memcube import __version__
 from memcube.catalog import UNSET, Change, Principal, Role
+from memcube.chat.contract import in_time
 from memcube.config import Limits
-from memcube.cube import Kind, MemCube, Relation, Residency
+from memcube.cube import Kind, MemCube, Relation, Residency, Scope
 from memcube.errors import (
     BadRequest,
     Conflict,
@@ -24,24 +26,25 @@ from memcube.errors import (
 from memcube.ids import TenantId
 from memcube.lifecycle import READABLE
 from memcube.reader.messages import Header as CubeHeader
-from serve import kv_metrics, models, openapi, problems, requests, views
-from serve.adapters import adapters
-from serve.backend import Backend
+from serve import kv_metrics, models, openapi, problems, requests, scheduler_metrics, views
+from serve.adapters import adapters, held_by
+from serve.backend import STATS_DEADLINE_S, Backend
 from serve.chat import openai as openai_routes
-from serve.dependencies import Admin, Here, Reader, Writer, guarded
+from serve.dependencies import Admin, Here, Reader, RetryKey, Writer, check_page, guarded, runs_it
+from serve.doctor import doctor
 from serve.guard import secret_of
+from serve.jobs import jobs
 from serve.metrics import Measured, Metrics
+from serve.nodes import nodes, tenants
+from serve.proposals import proposals
+from serve.scheduler import events, scheduler, tasks
+from serve.time_machine import parts_of, snapshots, times
 
 OpenBackend = Callable[[], Awaitable[Backend]]
 Key = Annotated[str, Path(max_length=64, examples=["01a20e3e-d04c-705b-a9c3-c4fffbea30a3"])]
-Scope = Annotated[str | None, Query(min_length=1, max_length=256)]
-RetryKey = Annotated[
-    str | None,
-    Header(
-        alias="Idempotency-Key",
-        description="Repeat a request with the same key: one effect, the same answer (for 48 h).",
-    ),
-]
+ScopeId = Annotated[str | None, Query(min_length=1, max_length=256)]
+AtVersion = Annotated[int | None, Query(ge=1)]
+AsOf = Annotated[datetime | None, Query(description="As it was at this time.")]
 
 
 def create_app(open_backend: OpenBackend, limits: Limits) -> FastAPI:
@@ -66,7 +69,11 @@ def create_app(open_backend: OpenBackend, limits: Limits) -> FastAPI:
     app.state.limits = limits
     problems.install(app)
     openapi.install(app)
-    for router in (memories, cubes, openai_routes, adapters, keys, state, system):
+    for router in (memories, times, cubes, snapshots, proposals, openai_routes, adapters, held_by):
+        app.include_router(router)
+    for router in (jobs, scheduler, events, tasks, nodes, tenants):
+        app.include_router(router)
+    for router in (keys, doctor, state, system):
         app.include_router(router)
     app.add_middleware(problems.BodyLimit, limit=limits.body_bytes)
     app.add_middleware(problems.Named)
@@ -185,20 +192,22 @@ async def context(body: models.ContextBody, who: Reader, here: Here) -> JSONResp
 async def list_memories(
     who: Reader,
     here: Here,
-    user_id: Scope = None,
-    agent_id: Scope = None,
-    run_id: Scope = None,
+    user_id: ScopeId = None,
+    agent_id: ScopeId = None,
+    run_id: ScopeId = None,
     kind: Kind | None = None,
     state: Annotated[
         str | None, Query(description="generated, activated, merged or archived")
     ] = None,
     tag: Annotated[str | None, Query(max_length=128)] = None,
+    as_of: AsOf = None,
     limit: Annotated[int, Query(ge=1)] = 50,
     cursor: Annotated[str | None, Query(max_length=256)] = None,
 ) -> JSONResponse:
-    """Newest first. Give `next_cursor` as `cursor` for the next page."""
-    if limit > here.config.limits.page:
-        raise LimitExceeded("limit", here.config.limits.page, limit)
+    """Newest first. Give `next_cursor` as `cursor` for the next page. With `as_of` the memories that
+    there were at that time and still are, with the content and the state of then; `state` and `tag` are
+    of now, so they can't be given with it."""
+    check_page(here, limit)
     if state is not None and state not in READABLE:
         raise BadRequest(f"one of {', '.join(sorted(READABLE))}", "state")
     for name, value in (
@@ -209,6 +218,18 @@ async def list_memories(
     ):
         if value is not None and "\x00" in value:
             raise BadRequest("can't hold a NUL character", name)
+    if as_of is not None:
+        if state is not None or tag is not None:
+            raise BadRequest("can't be asked for with state or tag, which are of now", "as_of")
+        page = await parts_of(here).time_machine.find(
+            who,
+            Scope(tenant=who.tenant, user_id=user_id, agent_id=agent_id, run_id=run_id),
+            as_of=requests.utc(as_of, "as_of") or as_of,
+            kind=kind,
+            limit=limit,
+            cursor=cursor,
+        )
+        return JSONResponse(views.page(page))
     page = await here.service.find(
         who,
         user_id=user_id,
@@ -229,19 +250,15 @@ async def list_memories(
 async def delete_scope(
     who: Writer,
     here: Here,
-    user_id: Scope = None,
-    agent_id: Scope = None,
-    run_id: Scope = None,
+    user_id: ScopeId = None,
+    agent_id: ScopeId = None,
+    run_id: ScopeId = None,
 ) -> JSONResponse:
     """Forget everything of a user, agent or run (at least one is needed), in one transaction."""
     deleted = await here.service.delete_scope(
         who, user_id=user_id, agent_id=agent_id, run_id=run_id
     )
     return JSONResponse({"deleted": deleted})
-
-
-AtVersion = Annotated[int | None, Query(ge=1)]
-AsOf = Annotated[datetime | None, Query(description="As it was at this time.")]
 
 
 async def _get(
@@ -254,7 +271,7 @@ async def _get(
     """A cube, now, at a version, or as it was at a time. Its `residency` is what the catalog has
     noted; `GET /v1/cubes/{id}` asks the engines."""
     cube, noted = await _read(id, who, here, version, as_of)
-    return JSONResponse(views.cube(cube, noted, whole_locations=_runs_it(who)))
+    return JSONResponse(views.cube(cube, noted, whole_locations=runs_it(who)))
 
 
 memories.get("/memories/{id}", response_model=models.CubeOut, summary="Get a memory")(_get)
@@ -275,11 +292,7 @@ async def get_cube(
     cube, noted = await _read(id, who, here, version, as_of)
     if here.tier is not None:
         noted = await here.tier.residency(who, cube, noted)
-    return JSONResponse(views.cube(cube, noted, whole_locations=_runs_it(who)))
-
-
-def _runs_it(who: Principal) -> bool:
-    return who.role.allows(Role.OPERATOR)
+    return JSONResponse(views.cube(cube, noted, whole_locations=runs_it(who)))
 
 
 async def _read(
@@ -413,8 +426,7 @@ async def get_members(
     cursor: Annotated[str | None, Query(max_length=256)] = None,
 ) -> JSONResponse:
     """In their order."""
-    if limit > here.config.limits.page:
-        raise LimitExceeded("limit", here.config.limits.page, limit)
+    check_page(here, limit)
     page = await here.service.members(who, id, limit=limit, cursor=cursor)
     return JSONResponse(views.page(page))
 
@@ -433,12 +445,25 @@ async def set_members(
 async def migrate(id: Key, body: models.MigrateBody, who: Writer, here: Here) -> JSONResponse:
     """`activation`: read the cube (a composite: its members, in their order) now and keep its KV, so
     that the first chat that names it in `cube_ids` attaches it. `plaintext`: drop all KV that holds
-    it; the text stays. Both may be repeated. Without a chat model it is a `conflict`."""
+    it; the text stays (a tenant's memories are searched in one shard: `POST /v1/tenants/{tenant}/move`).
+    Both may be repeated. Without a chat model it is a `conflict`. `adapter`: the
+    KV is for chats that name this one (`MODEL:ADAPTER`), and serves no others."""
     if here.tier is None:
         await here.service.get(who, id)
         raise Conflict("there is no activation tier here: start with activation.actors=1")
-    move = here.tier.activate if body.tier == "activation" else here.tier.deactivate
-    return JSONResponse(views.migrated(await move(who, id), body.tier))
+    if body.tier == "activation":
+        nodes = None
+        if body.node is not None:
+            nodes = await asyncio.to_thread(here.catalog.shards.nodes_with, body.node)
+        done = await here.tier.activate(who, id, adapter=body.adapter, nodes=nodes)
+    elif body.adapter is None and body.node is None:
+        done = await here.tier.deactivate(who, id)
+    else:
+        raise BadRequest(
+            "is for the tier activation; all KV of a cube goes at once",
+            "node" if body.adapter is None else "adapter",
+        )
+    return JSONResponse(views.migrated(done, body.tier))
 
 
 @cubes.post("/{id}/rollback", response_model=models.CubeOut, summary="Go back to a version")
@@ -516,11 +541,14 @@ async def revoke_key(id: Key, who: Admin, here: Here) -> JSONResponse:
     summary="What the system holds and how its parts are",
 )
 async def status(who: Reader, here: Here) -> JSONResponse:
-    """Counts are the tenant's own. Paths on the hosts are shown to an operator alone."""
+    """Counts are the tenant's own. Paths on the hosts are shown to an operator alone. A shard, an engine or
+    the scheduler that doesn't answer within 2 seconds is listed with its `error`."""
     stats = await here.service.stats(who)
     parts = await here.status()
     parts["shards"] = [
-        shard | {"location": views.location(shard["location"], whole=_runs_it(who))}
+        shard
+        if shard["location"] is None
+        else shard | {"location": views.location(shard["location"], whole=runs_it(who))}
         for shard in parts["shards"]
     ]
     return JSONResponse(
@@ -544,11 +572,15 @@ async def healthz() -> PlainTextResponse:
 
 @system.get("/readyz", summary="Can requests be served?", response_class=PlainTextResponse)
 async def readyz(here: Here) -> PlainTextResponse:
-    """Asks the catalog, the embedder, every shard and the scheduler."""
+    """Asks the catalog and the embedder, and whether any shard answers: while a node is down the tenants of
+    the others are served. `GET /v1/status` says what doesn't answer."""
     try:
-        await here.status()
+        parts = await here.status()
     except MemCubeError as failed:
         raise Unavailable(f"not ready: {failed}", 2.0) from None
+    errors = [shard["error"] for shard in parts["shards"]]
+    if None not in errors:
+        raise Unavailable(f"not ready: {'; '.join(errors)}"[:500], 2.0)
     return PlainTextResponse("ready\n")
 
 
@@ -563,12 +595,21 @@ async def metrics(request: Request, here: Here) -> PlainTextResponse:
         # A scrape goes on without the parts that don't answer; /readyz says so.
         parts = await here.status()
         measured.embedder_waiting.set(parts["embedder"]["waiting"])
-        measured.scheduler_rounds.set(parts["scheduler"]["rounds"])
+        measured.shards_down.set(sum(one["error"] is not None for one in parts["shards"]))
+        if parts["scheduler"]["error"] is None:
+            measured.scheduler_rounds.set(parts["scheduler"]["rounds"])
         measured.scheduler_epoch.set(parts["scheduler"]["epoch"] or 0)
+    counts, running = await asyncio.to_thread(here.catalog.jobs.load)
+    measured.jobs_are(counts, running)
     engines = [] if here.kv_stats is None else await here.kv_stats()
     kv = kv_metrics.text(engines, name_tenants=await _is_operators(request, here))
+    told = None
+    if here.scheduler is not None:
+        told = await in_time(here.scheduler.details(), STATS_DEADLINE_S)
+    queue = await asyncio.to_thread(lambda: here.catalog.tasks.stats(now=here.clock()))
+    moves = scheduler_metrics.text(told, queue, now=here.clock())
     return PlainTextResponse(
-        measured.text() + kv, media_type="text/plain; version=0.0.4; charset=utf-8"
+        measured.text() + kv + moves, media_type="text/plain; version=0.0.4; charset=utf-8"
     )
 
 

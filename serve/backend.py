@@ -3,31 +3,42 @@
 import asyncio
 import os
 from collections import defaultdict
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, Protocol
 
 from memcube.activation.contract import Mode
 from memcube.activation.stats import KvStats
 from memcube.catalog import Catalog
 from memcube.chat.adapters import AdapterChoice
 from memcube.chat.contract import KvModel, in_time
+from memcube.chat.forgetting import Forgetting
 from memcube.chat.migration import ActivationTier
 from memcube.chat.router import Router
 from memcube.chat.service import ChatService
 from memcube.config import Config
 from memcube.embedding.contract import Embedder
-from memcube.errors import MemCubeError
 from memcube.ids import CubeId, TenantId
 from memcube.indexing import Clock, Indexer
-from memcube.objects import ObjectStore
+from memcube.lifecycle_parts import LifecycleParts, lifecycle_parts
+from memcube.objects import OpenObjects
 from memcube.reader import LlmReader, Reader
 from memcube.service import MemoryService
+from memcube.tiers.shard import look_at
 
 STATS_DEADLINE_S = 2.0
+SILENT = f"does not answer within {STATS_DEADLINE_S:g} s"
 KvMoments = Callable[[], Awaitable[list[KvStats | None]]]
 Status = Callable[[], Awaitable[dict[str, Any]]]
+
+
+class Scheduler(Protocol):
+    """The scheduler that leads, as the gateway sees it; see ``memcube.scheduler.host.SchedulerHost``."""
+
+    async def details(self) -> dict[str, Any]: ...
+    async def plan(self, *, limit: int) -> dict[str, Any]: ...
+    async def round_now(self) -> dict[str, Any]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,18 +50,30 @@ class Backend:
     config: Config
     clock: Clock
     status: Status
-    """Asks every part; raises Unavailable when one does not answer."""
+    """Asks every part, and tells of each that doesn't answer its ``error``.
+
+    Raises:
+        Unavailable: the catalog or the embedder does not answer.
+    """
 
     close: Callable[[], Awaitable[None]]
     embedder: Embedder
     chat: ChatService | None = None
+    adapters: AdapterChoice | None = None
+    """None where the chat's engines serve none."""
+
     tier: ActivationTier | None = None
     kv_stats: KvMoments | None = None
     """What each engine says of itself; None for one that doesn't answer in time."""
 
-    open_objects: Callable[[], Awaitable[ObjectStore]] | None = None
+    forgetting: Forgetting | None = None
+    """Tells the engines what has changed; None where there are none."""
+
+    open_objects: OpenObjects | None = None
     """A new connection to the object store, for its caller to close."""
 
+    lifecycle: LifecycleParts | None = None
+    scheduler: Scheduler | None = None
     chat_model: str | None = None
     started_at: int = 0
     """Seconds since 1970; what OpenAI's shape wants of a model."""
@@ -66,21 +89,37 @@ def moments_of(models: Sequence[KvModel]) -> KvMoments:
     return all_of_them
 
 
+def scheduler_status(told: dict[str, Any] | None) -> dict[str, Any]:
+    """The scheduler in the status; None is one that does not answer."""
+    if told is None:
+        return {"epoch": None, "rounds": 0, "failures": 0, "last": {}, "error": SILENT}
+    return {**told, "error": None}
+
+
 class UsageBuffer:
-    """Counts uses and hands them over once in a while, never in the way of a search."""
+    """Counts uses and hands them over once in a while, with the latest score of each, never in the way of a
+    search."""
 
     def __init__(
-        self, send: Callable[[dict[TenantId, dict[CubeId, int]]], None], *, every_s: float
+        self,
+        send: Callable[
+            [dict[TenantId, dict[CubeId, int]], dict[TenantId, dict[CubeId, float]]], None
+        ],
+        *,
+        every_s: float,
     ) -> None:
         self._send = send
         self._every_s = every_s
         self._counts: dict[TenantId, dict[CubeId, int]] = defaultdict(dict)
+        self._scores: dict[TenantId, dict[CubeId, float]] = defaultdict(dict)
         self._flusher: asyncio.Task[None] | None = None
 
-    def add(self, tenant: TenantId, ids: Sequence[CubeId]) -> None:
-        counts = self._counts[tenant]
-        for id in ids:
+    def add(self, tenant: TenantId, found: Mapping[CubeId, float]) -> None:
+        counts, scores = self._counts[tenant], self._scores[tenant]
+        for id, score in found.items():
             counts[id] = counts.get(id, 0) + 1
+            if score > 0:
+                scores[id] = score
         if self._flusher is None or self._flusher.done():
             self._flusher = asyncio.create_task(self._flush_later())
 
@@ -90,8 +129,9 @@ class UsageBuffer:
 
     def flush(self) -> None:
         counts, self._counts = self._counts, defaultdict(dict)
+        scores, self._scores = self._scores, defaultdict(dict)
         if counts:
-            self._send(dict(counts))
+            self._send(dict(counts), dict(scores))
 
 
 def _now() -> datetime:
@@ -103,50 +143,41 @@ async def open_backend(config: Config) -> Backend:
     import httpx
 
     from actors.embedder import RemoteEmbedder
-    from actors.kv_cache import RemoteChatModel
-    from actors.kv_store import open_objects
-    from actors.qdrant import RemoteShard
+    from actors.engines import RemoteChatModel
+    from actors.objects import open_objects
+    from actors.scheduler import RemoteScheduler
     from actors.system import ensure_system
 
-    system = ensure_system(config)
-    embedder = await RemoteEmbedder.connect(system.embedder)
-    remote = [RemoteShard(handle, number) for number, handle in enumerate(system.shards)]
-    shards = remote.__getitem__
     catalog = await asyncio.to_thread(Catalog.open, config.catalog_url())
+    system = ensure_system(config, catalog.shards.homes)
+    embedder = await RemoteEmbedder.connect(system.embedder)
+    shards = system.shards
     http = httpx.AsyncClient()
     llm = None
     if config.reader.llm is not None:
         key = os.environ.get(config.reader.llm.api_key_env)
         llm = LlmReader(config.reader.llm, api_key=key, http=http)
     uses = UsageBuffer(
-        lambda counts: _fire(system.scheduler.record_uses.remote(counts)),
+        lambda counts, scores: _fire(system.scheduler.record_uses.remote(counts, scores)),
         every_s=config.scheduler.usage_flush_s,
     )
     engines = [RemoteChatModel(handle, number) for number, handle in enumerate(system.engines)]
 
-    async def forget(tenant: TenantId, ids: Sequence[CubeId]) -> None:
-        # KV is found by the tokens of a prompt, and these cubes are in none any more: an engine that
-        # doesn't answer now serves nothing of them either; the sweep drops bytes of cubes that are gone.
-        told = await asyncio.gather(
-            *(engine.forget(ids, None) for engine in engines), return_exceptions=True
-        )
-        for failed in told:
-            if isinstance(failed, BaseException) and not isinstance(failed, MemCubeError):
-                raise failed
-
+    forgetting = Forgetting(engines, catalog.adapters, clock=_now) if engines else None
+    indexer = Indexer(catalog, embedder, shards, clock=_now)
     service = MemoryService(
         catalog,
         Reader(config.reader, llm),
-        Indexer(catalog, embedder, shards, clock=_now),
+        indexer,
         shards,
         clock=_now,
         limits=config.limits,
         used=uses.add,
-        changed=forget if engines else None,
+        changed=forgetting,
     )
     about = await engines[0].describe() if engines else None
     adapters = None
-    if about is not None and config.activation.engine != "vllm" and config.adapters.resident_mb:
+    if about is not None and config.serves_adapters():
         adapters = AdapterChoice(catalog.adapters, base=about.fingerprint, clock=_now)
     router = Router(len(engines)) if engines else None
 
@@ -154,17 +185,21 @@ async def open_backend(config: Config) -> Backend:
         from actors.calls import answer
 
         await asyncio.to_thread(catalog.ping)
-        infos = await asyncio.gather(*(shard.info() for shard in remote))
-        scheduler = answer(system.scheduler.status.remote(), of="the scheduler", deadline_s=10.0)
-        load, scheduling = await asyncio.gather(embedder.load(), scheduler)
+        numbers = await asyncio.to_thread(catalog.shards.numbers, config.plaintext.shards)
+        leads = answer(
+            system.scheduler.status.remote(), of="the scheduler", deadline_s=STATS_DEADLINE_S
+        )
+        load, scheduling, states, described = await asyncio.gather(
+            embedder.load(),
+            in_time(leads, STATS_DEADLINE_S),
+            asyncio.gather(*(look_at(number, shards(number)) for number in numbers)),
+            asyncio.gather(*(in_time(e.describe(), STATS_DEADLINE_S) for e in engines)),
+        )
         return {
-            "shards": [
-                {"shard": i.shard, "epoch": i.epoch, "index": i.index, "location": i.location}
-                for i in infos
-            ],
+            "shards": [asdict(state) for state in states],
             "embedder": {"identity": embedder.identity, "dim": embedder.dim, **load},
-            "scheduler": scheduling,
-            "engines": [asdict(await engine.describe()) for engine in engines],
+            "scheduler": scheduler_status(scheduling),
+            "engines": [{"error": SILENT} if one is None else asdict(one) for one in described],
         }
 
     async def close() -> None:
@@ -181,11 +216,25 @@ async def open_backend(config: Config) -> Backend:
         close,
         embedder,
         chat=ChatService(service, engines, config.chat, router, adapters) if engines else None,
-        tier=ActivationTier(service, engines, router, mode=Mode(config.chat.mode))
+        adapters=adapters,
+        tier=ActivationTier(
+            service, engines, router, mode=Mode(config.chat.mode), adapters=adapters
+        )
         if router is not None
         else None,
         kv_stats=moments_of(engines) if engines else None,
+        forgetting=forgetting,
         open_objects=lambda: open_objects(config),
+        lifecycle=lifecycle_parts(
+            catalog,
+            indexer,
+            shards,
+            config,
+            clock=_now,
+            open_objects=lambda: open_objects(config),
+            changed=forgetting,
+        ),
+        scheduler=RemoteScheduler(system.scheduler),
         chat_model=about.name if about is not None else None,
         started_at=int(_now().timestamp()),
     )

@@ -6,14 +6,15 @@ import secrets
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from dataclasses import asdict
 from typing import Annotated, Any
 
 from fastapi import Path, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 
 from memcube.activation.contract import FinishReason, Mode, Sampling
-from memcube.catalog import Principal, Role
-from memcube.chat.contract import Turn
+from memcube.catalog import AdapterRecord, Principal, Role
+from memcube.chat.contract import Parametric, Turn
 from memcube.chat.service import ChatRequest, ChatService, Chunk, MemoryChoice, Report
 from memcube.context import estimate_tokens
 from memcube.embedding.contract import Purpose
@@ -125,21 +126,33 @@ async def _events(
 
 @openai.get("/models", response_model=models.ModelsOut, summary="Models")
 async def list_models(who: Reader, here: Here) -> JSONResponse:
-    """The chat model, where one is loaded, and the embedder."""
-    names = [name for name in (here.chat_model, here.config.embedder.model) if name is not None]
-    return JSONResponse({"object": "list", "data": [_model(name, here) for name in names]})
+    """The chat model, where one is loaded; with each adapter of the tenant's that serves, `MODEL:ADAPTER`;
+    and the embedder."""
+    return JSONResponse({"object": "list", "data": list((await _models(who, here)).values())})
 
 
 @openai.get("/models/{name}", response_model=models.ModelOut, summary="One model")
 async def get_model(name: ModelName, who: Reader, here: Here) -> JSONResponse:
     """Whether it is there."""
-    if name not in (here.chat_model, here.config.embedder.model):
+    found = (await _models(who, here)).get(name)
+    if found is None:
         raise NotFound("model", name[:64])
-    return JSONResponse(_model(name, here))
+    return JSONResponse(found)
 
 
-def _model(name: str, here: Backend) -> dict[str, Any]:
-    return {"id": name, "object": "model", "created": here.started_at, "owned_by": "memcube"}
+async def _models(who: Principal, here: Backend) -> dict[str, dict[str, Any]]:
+    """OpenAI's shape of what this tenant may name, by name."""
+    created: dict[str, int] = {}
+    if here.chat_model is not None:
+        created[here.chat_model] = here.started_at
+        for adapter in await here.adapters.serving(who.tenant) if here.adapters else ():
+            since = adapter.activated_at or adapter.created_at
+            created[f"{here.chat_model}:{adapter.line.name}"] = int(since.timestamp())
+    created.setdefault(here.config.embedder.model, here.started_at)
+    return {
+        name: {"id": name, "object": "model", "created": since, "owned_by": "memcube"}
+        for name, since in created.items()
+    }
 
 
 @openai.post("/embeddings", response_model=models.EmbeddingsOut, summary="Embed texts")
@@ -247,6 +260,7 @@ def _memory(body: models.ChatBody, who: Principal, here: Backend) -> MemoryChoic
         ),
         token_budget=wanted.token_budget,
         mode=wanted.mode or Mode(here.config.chat.mode),
+        parametric=wanted.parametric or Parametric(here.config.chat.parametric),
         write_back=wanted.write_back,
     )
 
@@ -272,7 +286,7 @@ def memory_report(report: Report) -> dict[str, Any]:
     u = report.usage
     return {
         "mode": report.mode,
-        "cubes": [{"id": use.id, "form": use.form} for use in report.cubes],
+        "cubes": [asdict(use) for use in report.cubes],
         "tokens_attached": u.attached_exact,
         "tokens_composed": u.attached_composed,
         "tokens_recomputed": u.recomputed,
@@ -282,11 +296,12 @@ def memory_report(report: Report) -> dict[str, Any]:
         "retrieval_ms": round(report.retrieval_ms, 3),
         "engine": report.engine,
         "written_back": list(report.written_back),
-        "adapter": None
-        if report.adapter is None
-        else {
-            "id": report.adapter.line.id,
-            "name": report.adapter.line.name,
-            "version": report.adapter.version,
-        },
+        "adapter": None if report.adapter is None else _version(report.adapter),
+        "adapter_refused": None
+        if report.refusal is None
+        else {**_version(report.refusal.adapter), "code": report.refusal.code},
     }
+
+
+def _version(adapter: AdapterRecord) -> dict[str, Any]:
+    return {"id": adapter.line.id, "name": adapter.line.name, "version": adapter.version}

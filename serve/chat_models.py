@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from memcube.activation.contract import Mode
+from memcube.chat.contract import Parametric
 from serve.models import CubeIds, Id, ScopeBody, Text
 
 
@@ -36,6 +37,9 @@ class MemoryBody(ScopeBody):
 
     `mode`: `exact` attaches only what equals a full reading; `blend` composes segments that were
     read apart, reading a part of them again; `fast` composes them as they are; `off` attaches none.
+
+    `parametric`: memories that the answering adapter holds in its weights stand in the prompt
+    `beside` it, or the adapter answers `instead` of their text. No adapter: all are in the prompt.
     """
 
     filters: dict[str, Any] | None = None
@@ -44,6 +48,7 @@ class MemoryBody(ScopeBody):
     )
     token_budget: int = Field(1024, ge=64)
     mode: Mode | None = Field(None, description="None: the server's default.")
+    parametric: Parametric | None = Field(None, description="None: the server's default.")
     write_back: bool = Field(False, description="Remember this turn and its answer.")
 
 
@@ -63,7 +68,12 @@ class ChatBody(_Lenient):
                     "messages": [{"role": "user", "content": "Where does Ann live?"}],
                     "memory": {"user_id": "ann", "token_budget": 1024},
                     "max_tokens": 64,
-                }
+                },
+                {
+                    "model": "SmolLM2-135M-Instruct",
+                    "messages": [{"role": "user", "content": "Where does Ann live?"}],
+                    "memory": {"user_id": "ann", "parametric": "instead"},
+                },
             ]
         },
     )
@@ -103,8 +113,12 @@ class EmbeddingsBody(_Lenient):
 
 
 class CubeUseOut(BaseModel):
+    """A memory in the prompt, in the form it was read in; or one that the adapter answered for,
+    `parametric`. `in_adapter`: the adapter that answered holds its present text."""
+
     id: str
-    form: Literal["exact_kv", "composed_kv", "text"]
+    form: Literal["exact_kv", "composed_kv", "text", "parametric"]
+    in_adapter: bool
 
 
 class AdapterUseOut(BaseModel):
@@ -113,6 +127,13 @@ class AdapterUseOut(BaseModel):
     id: str
     name: str
     version: int
+
+
+class AdapterRefusalOut(AdapterUseOut):
+    """The adapter of the chat's scope that could not be used, and why; the base model answered with
+    the memories as text. It is tried again a minute later, or when it may find room."""
+
+    code: str = Field(examples=["corrupt", "too_busy"])
 
 
 class MemoryReportOut(BaseModel):
@@ -130,6 +151,7 @@ class MemoryReportOut(BaseModel):
     engine: int
     written_back: list[str]
     adapter: AdapterUseOut | None
+    adapter_refused: AdapterRefusalOut | None
 
 
 class PromptDetailsOut(BaseModel):

@@ -2,10 +2,10 @@
 
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Request
+from fastapi import APIRouter, Depends, Header, Request
 
 from memcube.catalog import Principal, Role
-from memcube.errors import Forbidden
+from memcube.errors import Forbidden, LimitExceeded
 from serve import models
 from serve.backend import Backend
 from serve.guard import GuardedRoute, principal_of
@@ -48,6 +48,30 @@ def caller(needed: Role) -> Any:
 Reader = Annotated[Principal, caller(Role.READER)]
 Writer = Annotated[Principal, caller(Role.WRITER)]
 Admin = Annotated[Principal, caller(Role.ADMIN)]
+Operator = Annotated[Principal, caller(Role.OPERATOR)]
+
+
+def runs_it(who: Principal) -> bool:
+    """Whether somebody runs the system, and is shown what is of all tenants and of the hosts."""
+    return who.role.allows(Role.OPERATOR)
+
+
+def check_page(here: Backend, limit: int) -> None:
+    """
+    Raises:
+        LimitExceeded: a page is shorter.
+    """
+    if limit > here.config.limits.page:
+        raise LimitExceeded("limit", here.config.limits.page, limit)
+
+
+RetryKey = Annotated[
+    str | None,
+    Header(
+        alias="Idempotency-Key",
+        description="Repeat a request with the same key: one effect, the same answer (for 48 h).",
+    ),
+]
 
 
 def guarded(prefix: str, tag: str) -> APIRouter:

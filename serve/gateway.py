@@ -4,11 +4,17 @@ from fastapi import FastAPI
 from ray import serve as ray_serve
 from ray.serve.schema import LoggingConfig
 
+from actors.nodes import HEAD
 from memcube.config import Config
 from serve.app import create_app
 from serve.backend import Backend, open_backend
 
 APP_NAME = "memcube"
+
+
+def _where(config: Config) -> dict[str, float]:
+    """A single gateway runs beside the ingress, on the head: no other node's end takes it along."""
+    return {HEAD: 0.001} if config.gateway.replicas == 1 else {}
 
 
 def gateway_app(config: Config) -> ray_serve.Application:
@@ -25,7 +31,7 @@ def gateway_app(config: Config) -> ray_serve.Application:
         num_replicas=config.gateway.replicas,
         max_ongoing_requests=config.gateway.max_ongoing_requests,
         max_queued_requests=config.gateway.max_queued_requests,
-        ray_actor_options={"num_cpus": 0},
+        ray_actor_options={"num_cpus": 0, "resources": _where(config)},
         graceful_shutdown_timeout_s=10,
         health_check_period_s=2,
         health_check_timeout_s=10,

@@ -17,7 +17,7 @@ from prometheus_client.metrics_core import (
 )
 from prometheus_client.registry import Collector
 
-from memcube.activation.stats import EngineStats, HistogramData, KvStats
+from memcube.activation.stats import AdapterStats, EngineStats, HistogramData, KvStats
 
 MAX_TENANTS = 20
 OTHERS = "(others)"
@@ -48,6 +48,7 @@ class _Kv(Collector):
         yield from _load(engines)
         yield from _tokens(engines)
         yield from _times(engines)
+        yield from _adapters([(n, moment.adapters) for n, moment in answering if moment.adapters])
         yield from self._media(answering)
 
     def _media(self, answering: Sequence[tuple[str, KvStats]]) -> Iterator[Metric]:
@@ -149,6 +150,42 @@ def _times(engines: Sequence[tuple[str, EngineStats]]) -> Iterator[Metric]:
             ttft.add_metric((name, kind), _buckets(found), found.sum)
         queue.add_metric((name,), _buckets(engine.queue_s), engine.queue_s.sum)
     yield from (ttft, queue)
+
+
+def _adapters(engines: Sequence[tuple[str, AdapterStats]]) -> Iterator[Metric]:
+    engine = ("engine",)
+    resident = GaugeMetricFamily(
+        "memcube_adapter_resident", "Adapters that an engine holds ready.", labels=engine
+    )
+    size = GaugeMetricFamily("memcube_adapter_resident_bytes", "Bytes of these.", labels=engine)
+    loads = CounterMetricFamily("memcube_adapter_loads", "Adapters loaded.", labels=engine)
+    load_s = CounterMetricFamily(
+        "memcube_adapter_load_seconds", "Time that loads took.", labels=engine
+    )
+    evicted = CounterMetricFamily(
+        "memcube_adapter_evictions", "Adapters that made room for others.", labels=engine
+    )
+    refused = CounterMetricFamily(
+        "memcube_adapter_refused",
+        "Requests whose adapter could not be used, by the problem's code.",
+        labels=("engine", "code"),
+    )
+    waits = HistogramMetricFamily(
+        "memcube_adapter_wait_seconds",
+        "Time until a request had its adapter: resident (a swap), or loaded.",
+        labels=("engine", "kind"),
+    )
+    for name, adapters in engines:
+        resident.add_metric((name,), adapters.resident)
+        size.add_metric((name,), adapters.resident_bytes)
+        loads.add_metric((name,), adapters.loads)
+        load_s.add_metric((name,), adapters.load_s)
+        evicted.add_metric((name,), adapters.evictions)
+        for code, count in sorted(adapters.refused.items()):
+            refused.add_metric((name, code), count)
+        for kind, found in sorted(adapters.wait_s.items()):
+            waits.add_metric((name, kind), _buckets(found), found.sum)
+    yield from (resident, size, loads, load_s, evicted, refused, waits)
 
 
 def _buckets(found: HistogramData) -> list[tuple[str, float]]:

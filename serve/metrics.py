@@ -1,13 +1,24 @@
 """Prometheus metrics of one gateway process. No label names a tenant or holds what callers sent."""
 
 import time
+from collections.abc import Mapping, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from memcube.catalog import Job, JobState
 from memcube.chat.service import Report
 
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+TRAINING_FIGURES = (
+    "step",
+    "num_steps",
+    "loss",
+    "answer_loss",
+    "kl",
+    "tokens_per_s",
+    "eta_s",
+)
 BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 
 
@@ -44,11 +55,25 @@ class Metrics:
             "Texts that wait to be embedded.",
             registry=self.registry,
         )
+        self.shards_down = Gauge(
+            "memcube_shards_down",
+            "Shards of the plaintext tier that don't answer.",
+            registry=self.registry,
+        )
         self.scheduler_rounds = Gauge(
             "memcube_scheduler_rounds", "Rounds of the reconcile loop.", registry=self.registry
         )
         self.scheduler_epoch = Gauge(
             "memcube_scheduler_epoch", "Epoch of the scheduler's lease.", registry=self.registry
+        )
+
+        self.jobs = Gauge("memcube_jobs", "Jobs by state.", ("state",), registry=self.registry)
+        self.training = Gauge(
+            "memcube_training",
+            "How the training that runs now is doing: step, num_steps, loss, answer_loss, kl, "
+            "tokens_per_s, eta_s. None where none runs.",
+            ("figure",),
+            registry=self.registry,
         )
 
         self.ttft_seconds = Histogram(
@@ -70,16 +95,35 @@ class Metrics:
             registry=self.registry,
         )
 
+        self.adapters_refused = Counter(
+            "memcube_chat_adapter_refused_total",
+            "Chats answered by the base model as their scope's adapter could not be used, by code.",
+            ("code",),
+            registry=self.registry,
+        )
+
     def answered(self, report: Report) -> None:
         """Count a chat's answer."""
         usage = report.usage
         self.ttft_seconds.observe(usage.ttft_s)
+        if report.refusal is not None:
+            self.adapters_refused.labels(report.refusal.code).inc()
         for how, tokens in (
             ("attached", usage.attached_exact),
             ("composed", usage.attached_composed),
             ("prefilled", usage.prefilled),
         ):
             self.prompt_tokens.labels(how).inc(tokens)
+
+    def jobs_are(self, counts: Mapping[JobState, int], running: Sequence[Job]) -> None:
+        """Set what is told of jobs: how many, and how far those that run are."""
+        for state, count in counts.items():
+            self.jobs.labels(state).set(count)
+        self.training.clear()
+        for job in running:
+            for figure in TRAINING_FIGURES:
+                if (value := job.progress.get(figure)) is not None:
+                    self.training.labels(figure).set(value)
 
     def text(self) -> bytes:
         """The exposition format."""

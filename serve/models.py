@@ -33,8 +33,9 @@ class Body(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
 
-def _examples(*examples: dict[str, Any]) -> ConfigDict:
-    return ConfigDict(extra="forbid", json_schema_extra={"examples": list(examples)})
+def examples(*bodies: dict[str, Any]) -> ConfigDict:
+    """The configuration of a body that is shown with these."""
+    return ConfigDict(extra="forbid", json_schema_extra={"examples": list(bodies)})
 
 
 class MessageBody(Body):
@@ -79,7 +80,7 @@ class AddOneBody(AddBody):
         "indexed", description="`indexed`: the next search finds it. `stored`: it is safe on disk."
     )
 
-    model_config = _examples(
+    model_config = examples(
         {
             "messages": [{"role": "user", "content": "I moved to Oslo.", "name": "Ann"}],
             "user_id": "ann",
@@ -94,7 +95,7 @@ class BatchBody(Body):
     items: Annotated[list[AddBody], Field(min_length=1, fail_fast=True)]
     wait: Literal["indexed", "stored"] = "indexed"
 
-    model_config = _examples(
+    model_config = examples(
         {
             "items": [
                 {"text": "Ann prefers tea to coffee.", "user_id": "ann"},
@@ -124,7 +125,7 @@ class SearchBody(ScopeBody):
     mode: Mode = Mode.HYBRID
     explain: bool = False
 
-    model_config = _examples(
+    model_config = examples(
         {"query": "Where does Ann live?", "user_id": "ann"},
         {
             "query": "tea",
@@ -148,7 +149,7 @@ class ContextBody(ScopeBody):
     token_budget: int = Field(1024, ge=64)
     top_k: int | None = Field(None, ge=1)
 
-    model_config = _examples(
+    model_config = examples(
         {"query": "Where does Ann live?", "user_id": "ann", "token_budget": 512},
         {"messages": [{"role": "user", "content": "What should I cook for Ann?"}]},
     )
@@ -163,7 +164,7 @@ class UpdateBody(Body):
     expires_at: datetime | None = Field(None, description="null takes the expiry away.")
     expected_version: int | None = Field(None, ge=1)
 
-    model_config = _examples(
+    model_config = examples(
         {"text": "Ann prefers coffee to tea.", "expected_version": 1},
         {"tags": ["taste"], "expires_at": None},
     )
@@ -179,7 +180,7 @@ class CompositeBody(ScopeBody):
     metadata: dict[str, Any] = Field(default_factory=dict)
     tags: Tags = Field(default_factory=list)
 
-    model_config = _examples(
+    model_config = examples(
         {"title": "Ann's profile", "members": [_ONE, _TWO], "user_id": "ann"},
     )
 
@@ -189,7 +190,7 @@ class MembersBody(Body):
 
     members: Ids
 
-    model_config = _examples({"members": [_TWO, _ONE]})
+    model_config = examples({"members": [_TWO, _ONE]})
 
 
 class ComposeBody(ScopeBody):
@@ -198,7 +199,7 @@ class ComposeBody(ScopeBody):
     ids: Annotated[Ids, Field(min_length=1)]
     title: Text | None = None
 
-    model_config = _examples({"ids": [_ONE, _TWO], "title": "What Ann drinks"})
+    model_config = examples({"ids": [_ONE, _TWO], "title": "What Ann drinks"})
 
 
 class FuseBody(Body):
@@ -209,15 +210,19 @@ class FuseBody(Body):
         None, description="Default: the cubes' texts, each once, a line each."
     )
 
-    model_config = _examples({"ids": [_ONE, _TWO], "text": "Ann drinks tea, and coffee at work."})
+    model_config = examples({"ids": [_ONE, _TWO], "text": "Ann drinks tea, and coffee at work."})
 
 
 class MigrateBody(Body):
     """Where the cube's payloads are to be."""
 
     tier: Literal["activation", "plaintext"]
+    adapter: Id | None = Field(None, description="The name or id of one that serves.")
+    node: Id | None = Field(
+        None, description="A node's name, or one of its labels: the KV is built there."
+    )
 
-    model_config = _examples({"tier": "activation"}, {"tier": "plaintext"})
+    model_config = examples({"tier": "activation"}, {"tier": "plaintext"})
 
 
 class RollbackBody(Body):
@@ -225,7 +230,7 @@ class RollbackBody(Body):
 
     version: int = Field(ge=1)
 
-    model_config = _examples({"version": 1})
+    model_config = examples({"version": 1})
 
 
 class KeyBody(Body):
@@ -236,7 +241,7 @@ class KeyBody(Body):
     tenant: Id | None = None
     expires_at: datetime | None = None
 
-    model_config = _examples({"name": "ci", "role": "reader"})
+    model_config = examples({"name": "ci", "role": "reader"})
 
 
 class SourceOut(BaseModel):
@@ -423,10 +428,15 @@ class KeysOut(BaseModel):
 
 
 class ShardOut(BaseModel):
+    """A shard as it says itself. Of one that does not answer only why is known (`error`): its node may be down,
+    and another takes it over."""
+
     shard: int
-    epoch: int
-    index: str
-    location: str
+    epoch: int | None
+    index: str | None
+    location: str | None
+    node: str | None
+    error: str | None
 
 
 class EmbedderOut(BaseModel):
@@ -442,6 +452,7 @@ class SchedulerOut(BaseModel):
     rounds: int
     failures: int
     last: dict[str, Any] = Field(description="What the last round did.")
+    error: str | None = Field(description="Why nothing is heard of it; null where it answers.")
 
 
 class StatusOut(BaseModel):

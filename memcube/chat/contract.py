@@ -4,6 +4,7 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, Awaitable, Collection
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Protocol, TypeVar
 
 from memcube.activation.contract import AdapterRef, FinishReason, Mode, Sampling, Usage
@@ -13,6 +14,15 @@ from memcube.ids import CubeId, TenantId
 
 log = logging.getLogger(__name__)
 _T = TypeVar("_T")
+
+
+class Parametric(StrEnum):
+    """Where memories stand that the answering adapter holds in its weights."""
+
+    BESIDE = "beside"
+    """In the prompt all the same."""
+    INSTEAD = "instead"
+    """Not in the prompt."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,7 +98,8 @@ class BuildRequest:
     """Memories to read ahead of any question.
 
     ``mode`` says what is built: in ``EXACT`` the chain behind the default system text, in one that
-    composes each segment apart, where the model can be composed.
+    composes each segment apart, where the model can be composed. With an ``adapter`` it is built with
+    that one, and exactly.
     """
 
     segments: tuple[MemorySegment, ...]
@@ -96,6 +107,7 @@ class BuildRequest:
     salt: str
     group: str
     mode: Mode = Mode.EXACT
+    adapter: AdapterRef | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,6 +119,18 @@ class KvBytes:
     num_bytes: int
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineFacts:
+    """What the scheduler reckons with: where an engine is, the bytes of KV that its device may hold, what a
+    token takes there, and the shortest and the longest text (in tokens) whose KV it keeps."""
+
+    node: str
+    device_bytes: int
+    bytes_per_token: int
+    least_tokens: int
+    most_tokens: int
+
+
 class ChatModel(Protocol):
     """A model that answers, as the gateway sees it."""
 
@@ -115,6 +139,7 @@ class ChatModel(Protocol):
 
         Raises:
             BadRequest: the prompt doesn't fit the model.
+            AdapterUnusable: the prompt's adapter can't be used; before anything is said.
             TooBusy: too much waits; says when to try again.
             Unavailable, DeadlineExceeded: no answer.
         """
@@ -125,7 +150,11 @@ class KvModel(ChatModel, Protocol):
     """A chat model whose KV can be built, found and dropped by cube."""
 
     async def build(self, wanted: BuildRequest) -> Usage:
-        """Compute and store the KV of memories, as far as it isn't stored. Idempotent."""
+        """Compute and store the KV of memories, as far as it isn't stored. Idempotent.
+
+        Raises:
+            AdapterUnusable: the adapter can't be used. Others as ``chat``.
+        """
         ...
 
     async def forget(self, cubes: Collection[str], tenant: str | None) -> int:
@@ -140,11 +169,15 @@ class KvModel(ChatModel, Protocol):
         """This moment."""
         ...
 
+    async def facts(self) -> EngineFacts | None:
+        """What the scheduler reckons with; None where it leaves this engine alone."""
+        ...
+
 
 async def in_time(asked: Awaitable[_T], deadline_s: float) -> _T | None:
-    """What an engine says of itself; None where it doesn't in time: nobody waits for a dead one."""
+    """What a part says of itself; None where it doesn't in time: nobody waits for a dead one."""
     try:
         return await asyncio.wait_for(asked, deadline_s)
     except (MemCubeError, TimeoutError) as failed:
-        log.info("an engine did not say: %s", failed or type(failed).__name__)
+        log.info("a part did not say: %s", failed or type(failed).__name__)
         return None

@@ -66,6 +66,7 @@ class ChatHost:
             sampling=Sampling(),
             mode=wanted.mode,
             segments=built.segments,
+            adapter=wanted.adapter,
             group=wanted.group,
             members=built.members,
         )

@@ -6,20 +6,22 @@ change of any member drops it. So to migrate is to read the memories ahead of th
 """
 
 import asyncio
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 
-from memcube.activation.contract import Mode, Usage
+from memcube.activation.contract import AdapterRef, Mode, Usage
 from memcube.catalog import KvPlace, Principal
 from memcube.catalog.kv_book import TIER
-from memcube.chat.contract import BuildRequest, KvBytes, KvModel, MemorySegment, in_time
+from memcube.chat.adapters import AdapterChoice
+from memcube.chat.contract import BuildRequest, KvBytes, KvModel, in_time
+from memcube.chat.kv_building import KvSource
 from memcube.chat.router import Router
-from memcube.chat.selection import pack
 from memcube.chat.service import segment_parts
 from memcube.cube import MemCube, Residency, Shape
-from memcube.errors import Conflict, Unavailable
-from memcube.ids import CubeId, digest
+from memcube.errors import AdapterUnusable, Conflict, NotFound, UnknownBackend
+from memcube.ids import CubeId, TenantId
 from memcube.lifecycle import SEARCHABLE
+from memcube.parametric.registry import reference
 from memcube.service import MemoryService, SearchScope
 
 LOOK_DEADLINE_S = 2.0
@@ -44,35 +46,48 @@ class ActivationTier:
     """Moves cubes over engines numbered as the router knows them, which it shares with the chat."""
 
     def __init__(
-        self, memory: MemoryService, models: Sequence[KvModel], router: Router, *, mode: Mode
+        self,
+        memory: MemoryService,
+        models: Sequence[KvModel],
+        router: Router,
+        *,
+        mode: Mode,
+        adapters: AdapterChoice | None = None,
     ) -> None:
+        """Without ``adapters`` these engines serve none."""
         self._memory = memory
         self._models = models
         self._router = router
-        self._mode = Mode.EXACT if mode is Mode.OFF else mode
+        self._mode = mode
+        self._adapters = adapters
 
-    async def activate(self, principal: Principal, id: str) -> Migrated:
-        """Build the KV of a cube now, as far as it isn't stored. Idempotent.
+    async def activate(
+        self,
+        principal: Principal,
+        id: str,
+        *,
+        adapter: str | None = None,
+        nodes: Collection[str] | None = None,
+    ) -> Migrated:
+        """Build the KV of a cube now, as far as it isn't stored; for chats that name this ``adapter``, if
+        one is given, and on an engine of one of these ``nodes``. Idempotent.
 
         Raises:
-            NotFound: no such cube in this tenant.
+            NotFound: no such cube in this tenant, no such adapter serves, or no engine runs on such a node.
             Conflict: it holds no text that a prompt may have, or was changed meanwhile.
             BadRequest: it doesn't fit the model's window.
             Unavailable, DeadlineExceeded: no engine built it; what was built so far is stored.
+            Other errors of ``memcube.errors``: why the adapter can't be used.
         """
         cube = await self._memory.get(principal, id)
         members = await self._members(principal, cube)
-        if not members:
-            raise Conflict(
-                f"cube {cube.id!r} is {cube.state} and out of search; restore it first"
-                if cube.state not in SEARCHABLE
-                else f"cube {cube.id!r} holds no text; there is nothing to build"
-            )
-        segments = tuple(packed.segment for packed in pack(members, worth=1.0))
-        engine, usage = await self._build(principal, cube, segments)
+        source = KvSource(cube, members).checked()
+        named = None if adapter is None else await self._named(principal, adapter)
+        among = None if nodes is None else await self._engines_on(nodes)
+        engine, usage = await self._build(source.request(self._mode, adapter=named), among)
         ids = [member.id for member in members]
         kv = _places([(engine, await self._models[engine].residency(ids))])
-        if moved_on := await self._memory.mark_kv(principal, cube, members, kv):
+        if moved_on := await self._memory.mark_kv(principal, cube, members, _noted(kv)):
             await self._forget(moved_on)
             raise Conflict(f"cube {cube.id!r} was changed while its KV was built; migrate it again")
         return Migrated(
@@ -131,32 +146,32 @@ class ActivationTier:
             return [cube] if cube.text and cube.state in SEARCHABLE else []
         return await self._memory.members_of(principal, SearchScope(cube_ids=(cube.id,)))
 
-    async def _build(
-        self, principal: Principal, cube: MemCube, segments: tuple[MemorySegment, ...]
-    ) -> tuple[int, Usage]:
-        wanted = BuildRequest(
-            segments=segments,
-            tenant=principal.tenant,
-            salt=principal.tenant,
-            group=digest("migrated", principal.tenant, cube.id),
-            mode=self._mode,
+    async def _named(self, principal: Principal, adapter: str) -> AdapterRef:
+        if self._adapters is None:
+            raise UnknownBackend("adapter", adapter, ())
+        return reference(await self._adapters.named(principal.tenant, adapter))
+
+    async def _engines_on(self, nodes: Collection[str]) -> list[int]:
+        """The engines on these nodes, of those that answer."""
+        facts = await asyncio.gather(
+            *(in_time(model.facts(), LOOK_DEADLINE_S) for model in self._models)
         )
-        parts = segment_parts(principal.tenant, segments)
-        tried = 0
-        while True:
-            route = self._router.choose(parts)
-            try:
-                usage = await self._models[route.engine].build(wanted)
-            except Unavailable as failed:
-                tried += 1
-                if type(failed) is not Unavailable or tried >= len(self._models):
-                    raise
-                self._router.lost(route.engine)
-            else:
-                self._router.back(route.engine)
-                return route.engine, usage
-            finally:
-                self._router.done(route)
+        found = [n for n, one in enumerate(facts) if one is not None and one.node in nodes]
+        if not found:
+            raise NotFound("engine on node", ", ".join(sorted(nodes)))
+        return found
+
+    async def _build(
+        self, wanted: BuildRequest, among: Collection[int] | None
+    ) -> tuple[int, Usage]:
+        parts = segment_parts(TenantId(wanted.tenant), wanted.segments, wanted.adapter)
+        for attempt in self._router.attempts(parts, among):
+            with attempt as route:
+                try:
+                    return route.engine, await self._models[route.engine].build(wanted)
+                except AdapterUnusable as unusable:
+                    raise unusable.why from None
+        raise AssertionError("the last attempt raises")
 
     async def _forget(self, ids: Sequence[CubeId]) -> None:
         await asyncio.gather(*(model.forget(ids, None) for model in self._models))
@@ -174,3 +189,10 @@ def _places(found: Sequence[tuple[int, Sequence[KvBytes]]]) -> list[KvPlace]:
         KvPlace(medium=medium, location=location, size_bytes=size)
         for (medium, location), size in sorted(sizes.items())
     ]
+
+
+def _noted(kv: Sequence[KvPlace]) -> list[KvPlace]:
+    """What is noted of it: the engine that built it, with all its bytes. It brings them down to other media
+    and up again as it likes, and the scheduler reckons with engines alone."""
+    built = [place for place in kv if place.medium == "device"]
+    return [replace(one, size_bytes=max(place.size_bytes for place in kv)) for one in built[:1]]

@@ -6,8 +6,11 @@ that may be wrong after evictions, which costs time and nothing else.
 """
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
+from types import TracebackType
 from typing import NamedTuple
+
+from memcube.errors import Unavailable
 
 MAX_REMEMBERED = 50_000
 DECODE_CHARS = 500
@@ -28,6 +31,35 @@ class Route(NamedTuple):
     work: int
 
 
+class Attempt:
+    """A request's try at one engine, as a context: an engine that is gone is passed over within it,
+    if another is left to ask. What was ``said`` another would say again, and differently."""
+
+    def __init__(
+        self, router: "Router", parts: Sequence[Part], among: Collection[int], *, is_last: bool
+    ) -> None:
+        self.said = False
+        self._router = router
+        self._parts = parts
+        self._among = among
+        self._is_last = is_last
+
+    def __enter__(self) -> Route:
+        self._route = self._router.choose(self._parts, self._among)
+        return self._route
+
+    def __exit__(
+        self, kind: type[BaseException] | None, _e: BaseException | None, _t: TracebackType | None
+    ) -> bool:
+        self._router.done(self._route)
+        if kind is None:
+            self._router.back(self._route.engine)
+        if kind is not Unavailable or self.said or self._is_last:
+            return False
+        self._router.lost(self._route.engine)
+        return True
+
+
 class Router:
     """Chooses among engines numbered 0 … n-1. It belongs to one event loop."""
 
@@ -38,9 +70,18 @@ class Router:
         self._held: list[OrderedDict[str, None]] = [OrderedDict() for _ in range(num_engines)]
         self._down: set[int] = set()
 
-    def choose(self, parts: Sequence[Part]) -> Route:
+    def attempts(
+        self, parts: Sequence[Part], among: Collection[int] | None = None
+    ) -> Iterator[Attempt]:
+        """Attempts at as many engines as there are, or are named; the last one raises what its engine does.
+        To be left with the first that succeeds."""
+        wanted = range(len(self._held)) if among is None else among
+        for left in reversed(range(len(wanted))):
+            yield Attempt(self, parts, wanted, is_last=not left)
+
+    def choose(self, parts: Sequence[Part], among: Collection[int] | None = None) -> Route:
         """The engine for a prompt of these parts. It counts as in its line until ``done``."""
-        everyone = range(len(self._held))
+        everyone = range(len(self._held)) if among is None else among
         candidates = [i for i in everyone if i not in self._down] or everyone
         engine = min(candidates, key=lambda i: (self._missing(i, parts) + self._in_line[i], i))
         route = Route(engine, self._missing(engine, parts) + DECODE_CHARS)

@@ -6,19 +6,27 @@ older version can be attached to it.
 """
 
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Collection, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import NamedTuple
 
-from memcube.activation.contract import FinishReason, Mode, Sampling, Usage
+from memcube.activation.contract import AdapterRef, FinishReason, Mode, Sampling, Usage
 from memcube.catalog import AdapterRecord, Principal
-from memcube.chat.adapters import AdapterChoice
-from memcube.chat.contract import ChatModel, ChatPrompt, MemorySegment, SegmentUse, Turn
-from memcube.chat.router import Part, Route, Router
+from memcube.chat.adapters import AdapterChoice, Refusal
+from memcube.chat.contract import (
+    ChatModel,
+    ChatPrompt,
+    MemorySegment,
+    Parametric,
+    SegmentUse,
+    Turn,
+)
+from memcube.chat.router import Part, Router
 from memcube.chat.selection import Packed, fitting, pack, wanted
 from memcube.config import ChatConfig
 from memcube.cube import MemCube, Scope
-from memcube.errors import BadRequest, Unavailable, UnknownBackend
+from memcube.errors import AdapterUnusable, BadRequest, UnknownBackend
 from memcube.ids import CubeId, TenantId, digest
 from memcube.parametric.registry import reference
 from memcube.reader.messages import Header, Message
@@ -35,6 +43,7 @@ class MemoryChoice:
     scope: SearchScope
     token_budget: int
     mode: Mode
+    parametric: Parametric = Parametric.BESIDE
     write_back: bool = False
 
 
@@ -53,10 +62,12 @@ class ChatRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CubeUse:
-    """A cube in the prompt, and the form that it was read in."""
+    """A cube in the prompt, and the form that it was read in; or one left out of it, ``parametric``.
+    ``in_adapter``: the adapter that answered holds its present text."""
 
     id: CubeId
     form: str
+    in_adapter: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,6 +81,15 @@ class Report:
     retrieval_ms: float
     written_back: tuple[CubeId, ...] = ()
     adapter: AdapterRecord | None = None
+    refusal: Refusal | None = None
+    """Of the scope's adapter, in whose place the base model answered."""
+
+
+class Recalled(NamedTuple):
+    """Memories for a prompt, and those found that were left out of it."""
+
+    segments: tuple[MemorySegment, ...] = ()
+    left_out: tuple[CubeId, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,14 +99,6 @@ class Chunk:
     text: str
     finish: FinishReason | None = None
     report: Report | None = None
-
-
-@dataclass(slots=True)
-class _Recalled:
-    segments: tuple[MemorySegment, ...] = ()
-    took_ms: float = 0.0
-    adapter: AdapterRecord | None = None
-    answer: list[str] = field(default_factory=list)
 
 
 class ChatService:
@@ -111,18 +123,47 @@ class ChatService:
     async def answer(self, principal: Principal, request: ChatRequest) -> AsyncGenerator[Chunk]:
         """The answer in parts. Closing the iterator ends the work.
 
+        Where the adapter of its scope can't be used, the base model answers.
+
         Raises:
             BadRequest: no turn of a user, or a prompt that the model can't take.
             NotFound: the adapter that it names doesn't serve.
+            Other errors of ``memcube.errors``: why the adapter that it names can't be used.
             TooBusy: every engine has too much in line.
             Unavailable, DeadlineExceeded: no engine answered.
         """
         question = _question(request.turns)
-        recalled = _Recalled(adapter=await self._adapter(principal, request))
-        if request.memory is not None:
-            started = time.perf_counter()
-            recalled.segments = await self.recall(principal, question, request.memory)
-            recalled.took_ms = (time.perf_counter() - started) * 1e3
+        adapter = await self._adapter(principal, request)
+        while True:
+            try:
+                answers = self._answered(principal, request, question, adapter)
+                async with aclosing(answers) as chunks:
+                    async for chunk in chunks:
+                        yield chunk
+                return
+            except AdapterUnusable as unusable:
+                # Nothing was said yet. Who names an adapter wants no other model's answer.
+                if request.adapter is not None or not isinstance(adapter, AdapterRecord):
+                    raise unusable.why from None
+                assert self._adapters is not None
+                adapter = self._adapters.refused(adapter, unusable.why)
+
+    async def _answered(
+        self,
+        principal: Principal,
+        request: ChatRequest,
+        question: str,
+        adapter: AdapterRecord | Refusal | None,
+    ) -> AsyncGenerator[Chunk]:
+        serving = adapter if isinstance(adapter, AdapterRecord) else None
+        recalled, inside = Recalled(), frozenset[CubeId]()
+        started = time.perf_counter()
+        if (memory := request.memory) is not None:
+            if serving is not None and self._adapters is not None:
+                inside = await self._adapters.inside(serving)
+            without = inside if memory.parametric is Parametric.INSTEAD else frozenset[CubeId]()
+            recalled = await self.recall(principal, question, memory, without)
+        retrieval_ms = (time.perf_counter() - started) * 1e3
         prompt = ChatPrompt(
             turns=request.turns,
             segments=recalled.segments,
@@ -134,30 +175,34 @@ class ChatService:
             max_tokens=request.max_tokens,
             stop=request.stop,
             deadline_s=self._config.deadline_s,
-            adapter=None if recalled.adapter is None else reference(recalled.adapter),
+            adapter=None if serving is None else reference(serving),
         )
-        parts = _parts(principal, prompt)
-        tried = 0
-        while True:
-            route = self._router.choose(parts)
-            try:
-                answers = self._through(principal, route, prompt, request, recalled)
-                async with aclosing(answers):
-                    async for chunk in answers:
-                        yield chunk
-            except Unavailable as failed:
-                # Once something was said, another engine would say it again, and differently.
-                tried += 1
-                if type(failed) is not Unavailable or recalled.answer or tried >= len(self._models):
-                    raise
-                self._router.lost(route.engine)
-            else:
-                self._router.back(route.engine)
+        for attempt in self._router.attempts(_parts(principal, prompt)):
+            with attempt as route:
+                said: list[str] = []
+                async with aclosing(self._models[route.engine].chat(prompt)) as pieces:
+                    async for piece in pieces:
+                        attempt.said = True
+                        said.append(piece.text)
+                        if piece.usage is None:
+                            yield Chunk(text=piece.text)
+                            continue
+                        report = Report(
+                            usage=piece.usage,
+                            cubes=_uses(recalled, piece.uses, inside),
+                            mode=prompt.mode,
+                            engine=route.engine,
+                            retrieval_ms=retrieval_ms,
+                            written_back=await self._write_back(principal, request, "".join(said)),
+                            adapter=serving,
+                            refusal=adapter if isinstance(adapter, Refusal) else None,
+                        )
+                        yield Chunk(text=piece.text, finish=piece.finish, report=report)
                 return
-            finally:
-                self._router.done(route)
 
-    async def _adapter(self, principal: Principal, request: ChatRequest) -> AdapterRecord | None:
+    async def _adapter(
+        self, principal: Principal, request: ChatRequest
+    ) -> AdapterRecord | Refusal | None:
         if request.adapter is not None:
             if self._adapters is None:
                 raise UnknownBackend("adapter", request.adapter, ())
@@ -177,59 +222,43 @@ class ChatService:
         )
 
     async def recall(
-        self, principal: Principal, question: str, choice: MemoryChoice
-    ) -> tuple[MemorySegment, ...]:
-        """The memories for a question, as segments of at most the choice's budget in all.
+        self,
+        principal: Principal,
+        question: str,
+        choice: MemoryChoice,
+        without: Collection[CubeId] = (),
+    ) -> Recalled:
+        """The memories for a question but ``without`` some, as segments of at most the choice's budget
+        in all.
 
         Cubes that are named and fit the budget all go in, in their order: then nothing is searched.
         """
         scope = choice.scope
         if scope.cube_ids and scope.filters is None:
             named = await self._memory.members_of(principal, scope)
-            everything = pack(named, worth=1.0)
+            everything = pack([cube for cube in named if cube.id not in without], worth=1.0)
             if sum(one.num_tokens for one in everything) <= choice.token_budget:
-                return tuple(one.segment for one in everything)
+                left_out = tuple(cube.id for cube in named if cube.id in without)
+                return Recalled(tuple(one.segment for one in everything), left_out)
         found = await self._memory.search(
             principal, question[-self._config.query_chars :], scope, top_k=CANDIDATES
         )
+        left_out = tuple(hit.id for hit in found.hits if hit.id in without)
         suggested = wanted(found.hits)
         packed: list[Packed] = []
         if scope.cube_ids or scope.filters is not None:
             # The turns around a hit need not match what was asked for: the hits alone go in.
-            cubes = await self._memory.get_many(principal, [hit.id for hit in found.hits])
-            packed += _ranked(cubes, [hit.id for hit in found.hits], choice.token_budget)
+            ranking = [hit.id for hit in found.hits if hit.id not in without]
+            cubes = await self._memory.get_many(principal, ranking)
+            packed += _ranked(cubes, ranking, choice.token_budget)
         else:
             for window, turns in (await self._memory.turns(principal, suggested.windows)).items():
-                packed += pack(turns, worth=suggested.windows[window])
-            singles = await self._memory.get_many(principal, list(suggested.singles))
-            packed += _ranked(singles, list(suggested.singles), choice.token_budget // 2)
-        return fitting(packed, token_budget=choice.token_budget)
-
-    async def _through(
-        self,
-        principal: Principal,
-        route: Route,
-        prompt: ChatPrompt,
-        request: ChatRequest,
-        recalled: _Recalled,
-    ) -> AsyncGenerator[Chunk]:
-        pieces = self._models[route.engine].chat(prompt)
-        async for piece in pieces:
-            recalled.answer.append(piece.text)
-            if piece.finish is None:
-                yield Chunk(text=piece.text)
-                continue
-            assert piece.usage is not None
-            report = Report(
-                usage=piece.usage,
-                cubes=_uses(prompt.segments, piece.uses),
-                mode=prompt.mode,
-                engine=route.engine,
-                retrieval_ms=recalled.took_ms,
-                written_back=await self._write_back(principal, request, "".join(recalled.answer)),
-                adapter=recalled.adapter,
-            )
-            yield Chunk(text=piece.text, finish=piece.finish, report=report)
+                kept = [cube for cube in turns if cube.id not in without]
+                packed += pack(kept, worth=suggested.windows[window])
+            ranking = [id for id in suggested.singles if id not in without]
+            singles = await self._memory.get_many(principal, ranking)
+            packed += _ranked(singles, ranking, choice.token_budget // 2)
+        return Recalled(fitting(packed, token_budget=choice.token_budget), left_out)
 
     async def _write_back(
         self, principal: Principal, request: ChatRequest, answer: str
@@ -265,9 +294,7 @@ def _group(principal: Principal, request: ChatRequest) -> str:
 
 def _parts(principal: Principal, prompt: ChatPrompt) -> list[Part]:
     """What of a prompt an engine may hold: each segment, and the conversation up to each turn."""
-    parts = segment_parts(principal.tenant, prompt.segments)
-    if prompt.adapter is not None:  # the same text's KV is another under another adapter
-        parts = [Part(digest("adapted", *prompt.adapter, p.digest), p.num_chars) for p in parts]
+    parts = segment_parts(principal.tenant, prompt.segments, prompt.adapter)
     so_far = digest("turns", principal.tenant, *(part.digest for part in parts))
     for turn in prompt.turns:
         so_far = digest("turn", so_far, turn.role, turn.content)
@@ -275,17 +302,24 @@ def _parts(principal: Principal, prompt: ChatPrompt) -> list[Part]:
     return parts
 
 
-def segment_parts(tenant: TenantId, segments: Sequence[MemorySegment]) -> list[Part]:
-    """What of these segments an engine may hold."""
-    return [Part(digest("segment", tenant, s.text), len(s.text)) for s in segments]
+def segment_parts(
+    tenant: TenantId, segments: Sequence[MemorySegment], adapter: AdapterRef | None
+) -> list[Part]:
+    """What of these segments an engine may hold: the same text's KV is another with another adapter."""
+    built_with = None if adapter is None else adapter.name
+    return [Part(digest("segment", tenant, built_with, s.text), len(s.text)) for s in segments]
 
 
-def _uses(segments: Sequence[MemorySegment], uses: Sequence[SegmentUse]) -> tuple[CubeUse, ...]:
-    return tuple(
-        CubeUse(id=cube, form=use.form)
-        for segment, use in zip(segments, uses, strict=True)
+def _uses(
+    recalled: Recalled, uses: Sequence[SegmentUse], inside: Collection[CubeId]
+) -> tuple[CubeUse, ...]:
+    in_prompt = [
+        CubeUse(id=cube, form=use.form, in_adapter=cube in inside)
+        for segment, use in zip(recalled.segments, uses, strict=True)
         for cube in segment.cubes
-    )
+    ]
+    left_out = [CubeUse(id=id, form="parametric", in_adapter=True) for id in recalled.left_out]
+    return (*in_prompt, *left_out)
 
 
 def _ranked(cubes: Sequence[MemCube], ranking: Sequence[CubeId], token_budget: int) -> list[Packed]:

@@ -13,7 +13,7 @@ from typing import Annotated
 import httpx
 import typer
 
-from memcube.cli import evaluate, files, keys, memories, serve
+from memcube.cli import evaluate, files, jobs, keys, lifecycle, memories, nodes, scheduler, serve
 from memcube.cli.connection import Connection
 from memcube.cli.output import as_lines, fail, print_json, safe
 from memcube.client import Unreachable
@@ -28,8 +28,13 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("serve")(serve.serve)
+app.command("join")(serve.join)
 memories.register(app)
 files.register(app)
+lifecycle.register(app)
+jobs.register(app)
+nodes.register(app)
+app.add_typer(scheduler.app, name="scheduler")
 app.add_typer(keys.app, name="keys")
 app.add_typer(evaluate.app, name="eval")
 

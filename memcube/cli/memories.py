@@ -277,6 +277,10 @@ def migrate(
     context: typer.Context,
     id: Id,
     tier: Annotated[Tier, typer.Option(help="Where its payloads are to be.")],
+    adapter: Annotated[str | None, typer.Option(help="For chats that name this adapter.")] = None,
+    node: Annotated[
+        str | None, typer.Option(help="Where: a node's name, or one of its labels.")
+    ] = None,
     json: Json = False,
 ) -> None:
     """Build a memory's KV now (activation), or drop it (plaintext). The text stays in any case.
@@ -284,7 +288,7 @@ def migrate(
     Example: memcube migrate 0197a1c2-… --tier activation
     """
     with context.obj.open() as client:
-        done = client.cubes.migrate(id, tier)
+        done = client.cubes.migrate(id, tier, adapter=adapter, node=node)
     if json:
         print_json(done)
         return

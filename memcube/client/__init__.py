@@ -6,10 +6,27 @@ here, for what only a client sees: ``Unreachable`` and ``OutcomeUnknown``.
 
 from memcube.client.address import Address, find_address
 from memcube.client.aio import AsyncMemCubeClient
+from memcube.client.lifecycle_types import (
+    Applied,
+    AtVersion,
+    Comparison,
+    Diagnosis,
+    Difference,
+    Finding,
+    Forgotten,
+    Proposal,
+    Proposals,
+    Proposed,
+    RolledBack,
+    Snapshot,
+    Snapshots,
+)
 from memcube.client.problems import OutcomeUnknown, Unreachable
 from memcube.client.retry import RetryPolicy
+from memcube.client.scheduler_types import Event, Events, Plan, Where
 from memcube.client.sync import MemCubeClient
 from memcube.client.types import (
+    Adapter,
     Added,
     AddResult,
     ApiKey,
@@ -21,7 +38,10 @@ from memcube.client.types import (
     History,
     Hit,
     Item,
+    Job,
+    Jobs,
     Lineage,
+    LogLine,
     Message,
     Migrated,
     NewKey,
@@ -34,20 +54,33 @@ from memcube.client.types import (
 )
 
 __all__ = [
+    "Adapter",
     "AddResult",
     "Added",
     "Address",
     "ApiKey",
+    "Applied",
     "AsyncMemCubeClient",
+    "AtVersion",
     "BatchResult",
+    "Comparison",
     "Context",
     "Cube",
     "Deleted",
+    "Diagnosis",
+    "Difference",
     "Edge",
+    "Event",
+    "Events",
+    "Finding",
+    "Forgotten",
     "History",
     "Hit",
     "Item",
+    "Job",
+    "Jobs",
     "Lineage",
+    "LogLine",
     "MemCubeClient",
     "Message",
     "Migrated",
@@ -55,11 +88,19 @@ __all__ = [
     "OutcomeUnknown",
     "Page",
     "Parent",
+    "Plan",
+    "Proposal",
+    "Proposals",
+    "Proposed",
     "Residency",
     "RetryPolicy",
+    "RolledBack",
     "SearchResult",
+    "Snapshot",
+    "Snapshots",
     "Source",
     "Unreachable",
     "Version",
+    "Where",
     "find_address",
 ]

@@ -15,8 +15,20 @@ from uuid import uuid4
 import httpx
 
 from memcube.client.address import is_header_text
+from memcube.client.lifecycle_types import (
+    Applied,
+    Comparison,
+    Diagnosis,
+    Proposal,
+    Proposals,
+    RolledBack,
+    Snapshot,
+    Snapshots,
+)
 from memcube.client.retry import TRANSIENT, Call, Repeat
+from memcube.client.scheduler_types import Event, Events, Plan
 from memcube.client.types import (
+    Adapter,
     AddResult,
     ApiKey,
     BatchResult,
@@ -25,7 +37,10 @@ from memcube.client.types import (
     Deleted,
     History,
     Item,
+    Job,
+    Jobs,
     Lineage,
+    LogLine,
     Message,
     Migrated,
     NewKey,
@@ -152,10 +167,14 @@ def list_page(
     kind: str | None = None,
     state: str | None = None,
     tag: str | None = None,
+    as_of: datetime | None = None,
     limit: int = 50,
     cursor: str | None = None,
 ) -> Call[Page]:
-    """One page of cubes, newest first; the page's ``next_cursor`` asks for the next one."""
+    """One page of cubes, newest first; the page's ``next_cursor`` asks for the next one.
+
+    With ``as_of`` the cubes that there were at that time and still are, as they were then.
+    """
     return _get(
         "/v1/memories",
         _as(Page),
@@ -165,6 +184,7 @@ def list_page(
         kind=kind,
         state=state,
         tag=tag,
+        as_of=as_of,
         limit=limit,
         cursor=cursor,
     )
@@ -340,8 +360,12 @@ def versions(id: str) -> Call[History]:
     return _get(f"/v1/cubes/{_part(id)}/versions", _as(History))
 
 
-def migrate(id: str, tier: str) -> Call[Migrated]:
+def migrate(
+    id: str, tier: str, *, adapter: str | None = None, node: str | None = None
+) -> Call[Migrated]:
     """Move a cube to the tier ``activation`` (build its KV now) or back to ``plaintext`` (drop it).
+    ``adapter``: the KV is for chats that name this one, by ``model="MODEL:ADAPTER"``. ``node``: it is built
+    there, by a node's name or label.
 
     A build may take longer than one try waits: the next one goes on where it is.
 
@@ -349,7 +373,8 @@ def migrate(id: str, tier: str) -> Call[Migrated]:
         Conflict: the server has no activation tier, or the cube holds nothing to build.
     """
     path = f"/v1/cubes/{_part(id)}/migrate"
-    return Call(method="POST", path=path, body=_body({"tier": tier}), parse=_as(Migrated))
+    body = _body({"tier": tier, "adapter": adapter, "node": node})
+    return Call(method="POST", path=path, body=body, parse=_as(Migrated))
 
 
 def rollback(id: str, version: int) -> Call[Cube]:
@@ -380,6 +405,97 @@ def restore(id: str) -> Call[Cube]:
 def lineage(id: str) -> Call[Lineage]:
     """What a cube came from, and what came from it."""
     return _get(f"/v1/cubes/{_part(id)}/lineage", _as(Lineage))
+
+
+# -- jobs and adapters -------------------------------------------------------------------------
+
+
+def consolidate(
+    *,
+    adapter: str | None = None,
+    cubes: Sequence[str] = (),
+    user_id: str | None = None,
+    agent_id: str | None = None,
+    run_id: str | None = None,
+    cube_kind: str | None = None,
+    tag: str | None = None,
+    stable_days: float | None = None,
+    min_uses: int | None = None,
+    limit: int | None = None,
+    extend: bool = True,
+    activate: bool = True,
+    recipe: Mapping[str, Any] | None = None,
+    idempotency_key: str | None = None,
+) -> Call[Job]:
+    """Queue the training of an adapter with memories: those named, or all of a scope that may go in."""
+    body = {"kind": "consolidate", "extend": extend, "activate": activate} | _given(
+        adapter=adapter,
+        cubes=list(cubes) or None,
+        user_id=user_id,
+        agent_id=agent_id,
+        run_id=run_id,
+        cube_kind=cube_kind,
+        tag=tag,
+        stable_days=stable_days,
+        min_uses=min_uses,
+        limit=limit,
+        recipe=recipe,
+    )
+    return _keyed("/v1/jobs", body, _as(Job), idempotency_key)
+
+
+def list_jobs(
+    *, state: str | None = None, before: str | None = None, limit: int | None = None
+) -> Call[Jobs]:
+    """Jobs, newest first."""
+    return _get("/v1/jobs", _as(Jobs), state=state, before=before, limit=limit)
+
+
+def get_job(id: str) -> Call[Job]:
+    """A job as it is now."""
+    return _get(f"/v1/jobs/{_part(id)}", _as(Job))
+
+
+def job_logs(id: str, *, after: int = 0) -> Call[tuple[LogLine, ...]]:
+    """Lines of a job's log, oldest first, from the one after ``after`` on."""
+    return _get(f"/v1/jobs/{_part(id)}/logs", _lines, after=after)
+
+
+def cancel_job(id: str) -> Call[Job]:
+    """End a job: a queued one at once, a running one after its present step."""
+    return Call(method="POST", path=f"/v1/jobs/{_part(id)}/cancel", parse=_as(Job))
+
+
+def resume_job(id: str) -> Call[Job]:
+    """Queue a failed or cancelled job again; it goes on from its last checkpoint."""
+    return Call(method="POST", path=f"/v1/jobs/{_part(id)}/resume", parse=_as(Job))
+
+
+def job_report(id: str) -> Call[dict[str, Any]]:
+    """What the gate of a job found: figures, limits, what was short, the training's course, answers."""
+    return _get(f"/v1/jobs/{_part(id)}/report", _object)
+
+
+def job_page(id: str) -> Call[str]:
+    """The same as a page of HTML."""
+    return _get(f"/v1/jobs/{_part(id)}/report", lambda response: response.text, format="html")
+
+
+def list_adapters() -> Call[tuple[Adapter, ...]]:
+    """All versions of the tenant's adapters, by name, the newest first."""
+    return _get("/v1/adapters", _adapters)
+
+
+def activate_adapter(id: str, version: int) -> Call[Adapter]:
+    """Let a version of an adapter serve."""
+    path = f"/v1/adapters/{_part(id)}/activate"
+    return Call(method="POST", path=path, body=_body({"version": version}), parse=_as(Adapter))
+
+
+def rollback_adapter(id: str) -> Call[Adapter]:
+    """Let the version serve again that did before the present one."""
+    path = f"/v1/adapters/{_part(id)}/rollback"
+    return Call(method="POST", path=path, parse=_as(Adapter), repeat=Repeat.UNSAFE)
 
 
 # -- keys --------------------------------------------------------------------------------------
@@ -417,6 +533,247 @@ def revoke_key(id: str) -> Call[Deleted]:
         parse=lambda _: Deleted(id=id),
         when_gone=Deleted(id=id),
     )
+
+
+# -- lifecycle ---------------------------------------------------------------------------------
+
+
+def create_snapshot(
+    name: str,
+    *,
+    user_id: str | None = None,
+    agent_id: str | None = None,
+    run_id: str | None = None,
+    at: datetime | None = None,
+) -> Call[Snapshot]:
+    """Give what a scope is now, or was at a time, a name. The same again is the same snapshot.
+
+    Without ``at`` a repeat of a broken call may be refused as a Conflict: the first one got through.
+    """
+    scope = _given(user_id=user_id, agent_id=agent_id, run_id=run_id, at=to_json(at))
+    body = _body({"name": name} | scope)
+    return Call(method="POST", path="/v1/snapshots", body=body, parse=_as(Snapshot))
+
+
+def list_snapshots() -> Call[Snapshots]:
+    """The tenant's snapshots, the latest time first."""
+    return _get("/v1/snapshots", _as(Snapshots))
+
+
+def delete_snapshot(id: str) -> Call[Deleted]:
+    """Take a snapshot's name and pin away; no memory changes."""
+    return Call(
+        method="DELETE",
+        path=f"/v1/snapshots/{_part(id)}",
+        parse=_as(Deleted),
+        when_gone=Deleted(id=id),
+    )
+
+
+def compare(
+    *,
+    since: datetime | None = None,
+    snapshot: str | None = None,
+    until: datetime | None = None,
+    user_id: str | None = None,
+    agent_id: str | None = None,
+    run_id: str | None = None,
+    limit: int = 50,
+    cursor: str | None = None,
+) -> Call[Comparison]:
+    """What changed in a scope after ``since`` (or a snapshot, which has its own scope), up to ``until``,
+    by default now."""
+    body = _given(
+        since=to_json(since),
+        snapshot=snapshot,
+        until=to_json(until),
+        user_id=user_id,
+        agent_id=agent_id,
+        run_id=run_id,
+        limit=limit,
+        cursor=cursor,
+    )
+    path, parse = "/v1/memories/compare", _as(Comparison)
+    return Call(method="POST", path=path, body=_body(body), parse=parse)
+
+
+def rollback_scope(
+    *,
+    to: datetime | None = None,
+    snapshot: str | None = None,
+    user_id: str | None = None,
+    agent_id: str | None = None,
+    run_id: str | None = None,
+    idempotency_key: str | None = None,
+) -> Call[RolledBack]:
+    """Take a scope back to a time, or to a snapshot, which has its own scope.
+
+    Raises:
+        Conflict: a frozen memory would change. Nothing is changed.
+    """
+    body = _given(
+        to=to_json(to), snapshot=snapshot, user_id=user_id, agent_id=agent_id, run_id=run_id
+    )
+    return _keyed("/v1/memories/rollback", body, _as(RolledBack), idempotency_key)
+
+
+def list_proposals(
+    *, state: str | None = None, limit: int = 50, cursor: str | None = None
+) -> Call[Proposals]:
+    """Proposals, newest first: open, applied, dismissed or outdated."""
+    return _get("/v1/proposals", _as(Proposals), state=state, limit=limit, cursor=cursor)
+
+
+def find_proposals(
+    *,
+    user_id: str | None = None,
+    agent_id: str | None = None,
+    run_id: str | None = None,
+    limit: int | None = None,
+) -> Call[Proposals]:
+    """Look for memories of a scope that could be one; those that were not proposed before."""
+    body = _given(user_id=user_id, agent_id=agent_id, run_id=run_id, limit=limit)
+    path, parse = "/v1/proposals/find", _as(Proposals)
+    return Call(method="POST", path=path, body=_body(body), parse=parse)
+
+
+def apply_proposal(id: str) -> Call[Applied]:
+    """Merge a proposal's memories. May be repeated.
+
+    Raises:
+        Conflict: one of them has changed since, or is frozen, or it was dismissed.
+    """
+    path = f"/v1/proposals/{_part(id)}/apply"
+    return Call(method="POST", path=path, parse=_as(Applied))
+
+
+def dismiss_proposal(id: str) -> Call[Proposal]:
+    """Close a proposal without a change. May be repeated."""
+    path = f"/v1/proposals/{_part(id)}/dismiss"
+    return Call(method="POST", path=path, parse=_as(Proposal))
+
+
+def doctor(*, repair: bool = False, cursor: str | None = None) -> Call[Diagnosis]:
+    """Look whether the parts of the system agree, and mend what does not. Needs an operator's key."""
+    parse = _as(Diagnosis)
+    if not repair:
+        return _get("/v1/doctor", parse, cursor=cursor)
+    params = _given(cursor=cursor) or None
+    return Call(method="POST", path="/v1/doctor/repair", params=params, parse=parse)
+
+
+def scheduler_status() -> Call[dict[str, Any]]:
+    """Who leads, what was decided and moved, the queue, nodes and places. Needs an operator's key."""
+    return _get("/v1/scheduler", _object)
+
+
+def scheduler_plan(*, dry_run: bool = True, limit: int | None = None) -> Call[Plan]:
+    """What the scheduler would do now and what it refuses; or, with ``dry_run`` off, a round at once. Needs
+    an operator's key."""
+    params = {"dry_run": str(dry_run).lower(), **_given(limit=limit)}
+    path, parse = "/v1/scheduler/plan", _as(Plan)
+    texts = {name: str(value) for name, value in params.items()}
+    return Call(method="POST", path=path, params=texts, parse=parse)
+
+
+def journal(
+    *,
+    tenant: str | None = None,
+    cube: str | None = None,
+    before: str | None = None,
+    limit: int | None = None,
+) -> Call[Events]:
+    """What the scheduler does and did, newest first. ``tenant`` is for an operator, who sees all, and without it also
+    what became of nodes, shards and the lead (``type`` is cluster)."""
+    path = "/v1/scheduler/journal"
+    return _get(path, _as(Events), tenant=tenant, cube=cube, before=before, limit=limit)
+
+
+def list_tasks(
+    *,
+    state: str | None = None,
+    tenant: str | None = None,
+    before: str | None = None,
+    limit: int | None = None,
+) -> Call[Events]:
+    """Tasks of the queue, newest first: waiting, running, done or dead."""
+    return _get("/v1/tasks", _as(Events), state=state, tenant=tenant, before=before, limit=limit)
+
+
+def get_event(id: str) -> Call[Event]:
+    """One event: an action, a task, or what happened to the cluster."""
+    return _get(f"/v1/events/{_part(id)}", _as(Event))
+
+
+def wait_for_event(id: str, *, timeout_s: float = 30.0) -> Call[Event]:
+    """One event when it has ended, or as it is after ``timeout_s`` (60 at most)."""
+    return _get(f"/v1/events/{_part(id)}/wait", _as(Event), timeout_s=timeout_s)
+
+
+def retry_task(id: str) -> Call[Event]:
+    """Let a dead task run again. May be repeated.
+
+    Raises:
+        Conflict: it is done.
+    """
+    return Call(method="POST", path=f"/v1/tasks/{_part(id)}/retry", parse=_as(Event))
+
+
+def accept_task(id: str) -> Call[Job]:
+    """Queue the job that a task of kind ``consolidate`` proposes. May be repeated: it is one job."""
+    return Call(method="POST", path=f"/v1/tasks/{_part(id)}/accept", parse=_as(Job))
+
+
+# -- nodes: need an operator's key ---------------------------------------------------------------
+
+
+def list_nodes() -> Call[list[dict[str, Any]]]:
+    """All nodes by name: state (up, draining, drained, down), shards, tenants."""
+    return _get("/v1/nodes", _nodes)
+
+
+def get_node(name: str) -> Call[dict[str, Any]]:
+    """One node."""
+    return _get(f"/v1/nodes/{_part(name)}", _object)
+
+
+def drain_node(name: str) -> Call[dict[str, Any]]:
+    """Let a node take nothing new, and be emptied until it is ``drained``. May be repeated.
+
+    Raises:
+        Conflict: there is no other node to take over what lies there.
+    """
+    return Call(method="POST", path=f"/v1/nodes/{_part(name)}/drain", parse=_object)
+
+
+def undrain_node(name: str) -> Call[dict[str, Any]]:
+    """Let a node be used again. May be repeated."""
+    return Call(method="POST", path=f"/v1/nodes/{_part(name)}/undrain", parse=_object)
+
+
+def forget_node(name: str) -> Call[dict[str, Any]]:
+    """Take a node off the list that is down and will not come back.
+
+    Raises:
+        Conflict: it is up.
+    """
+    return Call(
+        method="DELETE",
+        path=f"/v1/nodes/{_part(name)}",
+        parse=_object,
+        when_gone={"name": name, "forgotten": True},
+    )
+
+
+def move_tenant(tenant: str, *, to: str) -> Call[Event]:
+    """Send a tenant to a node, by its name or a label; the task that sees to it, which ``scheduler.wait``
+    follows. May be repeated; of several words the last one holds.
+
+    Raises:
+        NotFound: no such tenant, or no such node is up and takes any.
+    """
+    path = f"/v1/tenants/{_part(tenant)}/move"
+    return Call(method="POST", path=path, body=_body({"to": to}), parse=_as(Event))
 
 
 # -- parts -------------------------------------------------------------------------------------
@@ -548,3 +905,18 @@ def _num_deleted(response: httpx.Response) -> int:
 
 def _keys(response: httpx.Response) -> tuple[ApiKey, ...]:
     return tuple(from_json(ApiKey, entry) for entry in _object(response).get("keys", ()))
+
+
+def _lines(response: httpx.Response) -> tuple[LogLine, ...]:
+    return tuple(from_json(LogLine, entry) for entry in _object(response).get("lines", ()))
+
+
+def _nodes(response: httpx.Response) -> list[dict[str, Any]]:
+    nodes = _object(response).get("nodes")
+    if not isinstance(nodes, list):
+        raise Corrupt(str(response.url), "does not list nodes")
+    return nodes
+
+
+def _adapters(response: httpx.Response) -> tuple[Adapter, ...]:
+    return tuple(from_json(Adapter, entry) for entry in _object(response).get("adapters", ()))

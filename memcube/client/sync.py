@@ -71,6 +71,12 @@ class MemCubeClient:
         self.address = find_address(url, api_key, data_dir=data_dir)
         self.cubes = Cubes(self)
         self.keys = Keys(self)
+        self.jobs = Jobs(self)
+        self.adapters = Adapters(self)
+        self.snapshots = Snapshots(self)
+        self.proposals = Proposals(self)
+        self.scheduler = Scheduler(self)
+        self.nodes = Nodes(self)
         self._timeout_s = timeout_s
         self._retry = retry or RetryPolicy()
         self._http = httpx.Client(
@@ -90,6 +96,9 @@ class MemCubeClient:
     delete_all = sending(calls.delete_all)
     history = sending(calls.history)
     context = sending(calls.context)
+    compare = sending(calls.compare)
+    rollback = sending(calls.rollback_scope)
+    doctor = sending(calls.doctor)
     status = sending(calls.status)
     health = sending(calls.health)
     ready = sending(calls.ready)
@@ -184,6 +193,39 @@ class Cubes:
         return self._sender.send(call)
 
 
+class Jobs:
+    """``client.jobs``: long work."""
+
+    def __init__(self, sender: Sender) -> None:
+        self._sender = sender
+
+    consolidate = sending(calls.consolidate)
+    list = sending(calls.list_jobs)
+    get = sending(calls.get_job)
+    logs = sending(calls.job_logs)
+    cancel = sending(calls.cancel_job)
+    resume = sending(calls.resume_job)
+    report = sending(calls.job_report)
+    page = sending(calls.job_page)
+
+    def send(self, call: Call[T]) -> T:
+        return self._sender.send(call)
+
+
+class Adapters:
+    """``client.adapters``: versions of adapters, and which serve."""
+
+    def __init__(self, sender: Sender) -> None:
+        self._sender = sender
+
+    list = sending(calls.list_adapters)
+    activate = sending(calls.activate_adapter)
+    rollback = sending(calls.rollback_adapter)
+
+    def send(self, call: Call[T]) -> T:
+        return self._sender.send(call)
+
+
 class Keys:
     """``client.keys``: the tenant's API keys. Needs an admin key."""
 
@@ -193,6 +235,71 @@ class Keys:
     create = sending(calls.create_key)
     list = sending(calls.list_keys)
     revoke = sending(calls.revoke_key)
+
+    def send(self, call: Call[T]) -> T:
+        return self._sender.send(call)
+
+
+class Snapshots:
+    """``client.snapshots``: names for a scope at a time."""
+
+    def __init__(self, sender: Sender) -> None:
+        self._sender = sender
+
+    create = sending(calls.create_snapshot)
+    list = sending(calls.list_snapshots)
+    delete = sending(calls.delete_snapshot)
+
+    def send(self, call: Call[T]) -> T:
+        return self._sender.send(call)
+
+
+class Scheduler:
+    """``client.scheduler``: what it plans, does and did, and its queue."""
+
+    def __init__(self, sender: Sender) -> None:
+        self._sender = sender
+
+    status = sending(calls.scheduler_status)
+    plan = sending(calls.scheduler_plan)
+    journal = sending(calls.journal)
+    tasks = sending(calls.list_tasks)
+    event = sending(calls.get_event)
+    wait = sending(calls.wait_for_event)
+    retry = sending(calls.retry_task)
+    accept = sending(calls.accept_task)
+
+    def send(self, call: Call[T]) -> T:
+        return self._sender.send(call)
+
+
+class Nodes:
+    """``client.nodes``: machines, and which tenants go where. Needs an operator's key."""
+
+    def __init__(self, sender: Sender) -> None:
+        self._sender = sender
+
+    list = sending(calls.list_nodes)
+    get = sending(calls.get_node)
+    drain = sending(calls.drain_node)
+    undrain = sending(calls.undrain_node)
+    forget = sending(calls.forget_node)
+    move_tenant = sending(calls.move_tenant)
+
+    def send(self, call: Call[T]) -> T:
+        return self._sender.send(call)
+
+
+class Proposals:
+    """``client.proposals``: memories that could be one."""
+
+    def __init__(self, sender: Sender) -> None:
+        self._sender = sender
+
+    list = sending(calls.list_proposals)
+    find = sending(calls.find_proposals)
+    apply = sending(calls.apply_proposal)
+    dismiss = sending(calls.dismiss_proposal)
 
     def send(self, call: Call[T]) -> T:
         return self._sender.send(call)

@@ -294,6 +294,66 @@ class NewKey:
     tenant: str | None = None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """Long work. ``state`` is queued, running, done, refused, failed or cancelled."""
+
+    id: str
+    kind: str
+    state: str
+    adapter: str | None = None
+    progress: Mapping[str, Any] = field(default_factory=dict)
+    result: Mapping[str, Any] | None = None
+    error: str | None = None
+    attempts: int = 0
+    cancelling: bool = False
+    created_at: datetime
+    started_at: datetime | None = None
+    finished_at: datetime | None = None
+
+    @property
+    def has_ended(self) -> bool:
+        return self.state not in ("queued", "running")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Jobs:
+    """Some jobs, newest first. ``next`` is the ``before`` of older ones."""
+
+    jobs: tuple[Job, ...]
+    next: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LogLine:
+    """A line of a job's log."""
+
+    seq: int
+    at: datetime
+    text: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Adapter:
+    """One version of an adapter. ``reason`` says why a retired one is so."""
+
+    id: str
+    name: str
+    version: int
+    state: str
+    reason: str | None = None
+    user_id: str | None = None
+    agent_id: str | None = None
+    run_id: str | None = None
+    base: str
+    sha256: str
+    size_bytes: int
+    rank: int
+    created_at: datetime
+    activated_at: datetime | None = None
+    retired_at: datetime | None = None
+
+
 def from_json(kind: type[T], data: Any) -> T:
     """A dataclass of parsed JSON. Unknown fields are ignored.
 

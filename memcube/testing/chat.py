@@ -4,16 +4,24 @@ from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Collection, Sequence
 
 from memcube.activation.contract import FinishReason, Usage
-from memcube.activation.stats import EngineStats, Histogram, KvStats, MediumStats
+from memcube.activation.stats import (
+    AdapterStats,
+    EngineStats,
+    Histogram,
+    KvStats,
+    MediumStats,
+)
 from memcube.chat.contract import (
     BuildRequest,
     ChatPiece,
     ChatPrompt,
+    EngineFacts,
     KvBytes,
     MemorySegment,
     SegmentUse,
 )
-from memcube.errors import MemCubeError, Unavailable
+from memcube.errors import AdapterUnusable, MemCubeError, Unavailable
+from memcube.scheduler.leader_fence import LeaderFence
 
 BYTES_PER_TOKEN = 100
 
@@ -22,24 +30,30 @@ class ScriptedModel:
     """Answers with ``pieces``; the KV of what it was asked before counts as attached.
 
     Words are its tokens. ``failing`` is raised before the piece of that number, ``down`` refuses
-    all. ``on_build`` is called while KV is built: what happens there happens meanwhile.
+    all, ``unusable`` is why it can't use any adapter. ``on_build`` is called while KV is built: what happens there happens meanwhile.
     """
 
     def __init__(self, pieces: Sequence[str] = ("In ", "Oslo", ".")) -> None:
         self.pieces = list(pieces)
         self.prompts: list[ChatPrompt] = []
         self.failing: tuple[int, MemCubeError] | None = None
+        self.unusable: MemCubeError | None = None
         self.closed_early = 0
         self.down = False
         self.waiting = 0
         self.on_build: Callable[[], None] | None = None
-        self._kv: dict[tuple[str, str], tuple[str, ...]] = {}
-        """The cubes of each segment read so far, by salt and text."""
+        self.fence = LeaderFence()
+        self.node = "node-1"
+        self.device_bytes = 1_000_000
+        self._kv: dict[tuple[str, str, str], tuple[str, ...]] = {}
+        """What each segment read so far holds, by salt, adapter and text."""
 
     async def chat(self, prompt: ChatPrompt) -> AsyncGenerator[ChatPiece]:
         """The scripted answer."""
         self._reached()
         self.prompts.append(prompt)
+        if prompt.adapter is not None and self.unusable is not None:
+            raise AdapterUnusable(prompt.adapter.id, self.unusable)
         ended = False
         try:
             for number, text in enumerate(self.pieces):
@@ -49,9 +63,11 @@ class ScriptedModel:
             uses = []
             for segment in prompt.segments:
                 tokens = len(segment.text.split())
-                exact = tokens if (prompt.salt, segment.text) in self._kv else 0
+                adapter = "" if prompt.adapter is None else prompt.adapter.name
+                key = prompt.salt, adapter, segment.text
+                exact = tokens if key in self._kv else 0
                 uses.append(SegmentUse(num_tokens=tokens, exact=exact, composed=0))
-                self._kv[prompt.salt, segment.text] = segment.cubes
+                self._kv[key] = (*segment.cubes, adapter)
             said = sum(len(turn.content.split()) for turn in prompt.turns)
             attached = sum(use.exact for use in uses)
             total = said + sum(use.num_tokens for use in uses)
@@ -61,21 +77,37 @@ class ScriptedModel:
         finally:
             self.closed_early += not ended
 
-    async def build(self, wanted: BuildRequest) -> Usage:
-        """Read these segments."""
+    async def facts(self) -> EngineFacts | None:
+        """A word is a token."""
         self._reached()
-        missing = [s for s in wanted.segments if (wanted.salt, s.text) not in self._kv]
+        return EngineFacts(
+            node=self.node,
+            device_bytes=self.device_bytes,
+            bytes_per_token=BYTES_PER_TOKEN,
+            least_tokens=1,
+            most_tokens=10_000,
+        )
+
+    async def build(self, wanted: BuildRequest, *, leader: int | None = None) -> Usage:
+        """Read these segments."""
+        self._reached(leader)
+        if wanted.adapter is not None and self.unusable is not None:
+            raise AdapterUnusable(wanted.adapter.id, self.unusable)
+        adapter = "" if wanted.adapter is None else wanted.adapter.name
+        missing = [s for s in wanted.segments if (wanted.salt, adapter, s.text) not in self._kv]
         for segment in missing:
-            self._kv[wanted.salt, segment.text] = segment.cubes
+            self._kv[wanted.salt, adapter, segment.text] = (*segment.cubes, adapter)
         if self.on_build is not None:
             meanwhile, self.on_build = self.on_build, None
             meanwhile()
         total = _num_tokens(wanted.segments)
         return _usage(total, total - _num_tokens(missing))
 
-    async def forget(self, cubes: Collection[str], tenant: str | None) -> int:
+    async def forget(
+        self, cubes: Collection[str], tenant: str | None, *, leader: int | None = None
+    ) -> int:
         """Drop what holds these cubes, or is of this tenant."""
-        self._reached()
+        self._reached(leader)
         gone = [
             key
             for key, held in self._kv.items()
@@ -85,18 +117,23 @@ class ScriptedModel:
             del self._kv[key]
         return len(gone)
 
+    async def held(self, cubes: Collection[str], *, leader: int) -> set[str]:
+        """Those of these cubes that were read and not forgotten."""
+        self._reached(leader)
+        return {id for ids in self._kv.values() for id in ids}.intersection(cubes)
+
     async def residency(self, cubes: Collection[str]) -> list[KvBytes]:
         """All of it lies on the device."""
         self._reached()
-        held = [text for (_, text), ids in self._kv.items() if not set(cubes).isdisjoint(ids)]
+        held = [text for (*_, text), ids in self._kv.items() if not set(cubes).isdisjoint(ids)]
         size = sum(len(text.split()) for text in held) * BYTES_PER_TOKEN
-        return [KvBytes(medium="device", node="node-1", num_bytes=size)] if size else []
+        return [KvBytes(medium="device", node=self.node, num_bytes=size)] if size else []
 
     async def stats(self) -> KvStats:
         """Counts of what was read and attached; the rest is 0."""
         self._reached()
         by_tenant: Counter[str] = Counter()
-        for salt, text in self._kv:
+        for salt, _, text in self._kv:
             by_tenant[salt] += len(text.split()) * BYTES_PER_TOKEN
         ttft = Histogram()
         ttft.observe(0.01)
@@ -132,11 +169,22 @@ class ScriptedModel:
             events={"evicted: tenant's budget": 4, "lost": 1},
             load_s_per_mb=0.001,
         )
-        return KvStats(engine=engine, media=[disk], node="node-1")
+        adapters = AdapterStats(
+            resident=2,
+            resident_bytes=500,
+            loads=3,
+            load_s=0.3,
+            evictions=1,
+            refused={"corrupt": 4},
+            wait_s={"resident": ttft.shown()},
+        )
+        return KvStats(engine=engine, media=[disk], node=self.node, adapters=adapters)
 
-    def _reached(self) -> None:
+    def _reached(self, leader: int | None = None) -> None:
         if self.down:
             raise Unavailable("the engine is not there now")
+        if leader is not None:
+            self.fence.check(leader)
 
 
 def _num_tokens(segments: Sequence[MemorySegment]) -> int:

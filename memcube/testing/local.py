@@ -1,10 +1,9 @@
 """A whole system in one process, without Ray or HTTP: SQLite, stores in memory, a manual clock."""
 
-import contextlib
 import shutil
 import sqlite3
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -12,20 +11,28 @@ from typing import Any
 from sqlalchemy import event
 
 from memcube.catalog import Catalog, Database, Principal, Role
+from memcube.chat.forgetting import Forgetting
 from memcube.config import Config
 from memcube.errors import Unavailable
 from memcube.ids import CubeId, TenantId
 from memcube.indexing import Indexer
+from memcube.objects.folder import FolderStore
 from memcube.reader import LlmReader, Reader
 from memcube.reconcile import Reconciler, Report
 from memcube.retrieval.ranker import Hit, Retriever
 from memcube.retrieval.weights import RankerWeights
+from memcube.scheduler.host import SchedulerHost
+from memcube.scheduler.leader_fence import LeaderFence
+from memcube.scheduler.lease import LeaseKeeper
+from memcube.scheduler.parts import scheduler_host
 from memcube.service import MemoryService
+from memcube.sweep import lifecycle_sweep
 from memcube.testing.chat import ScriptedModel
 from memcube.testing.embedding import HashEmbedder
 from memcube.tiers.memory import MemoryStore
-from memcube.tiers.plaintext import IndexedCube, IndexSpec
-from memcube.tiers.shard import PlaintextShard, ShardInfo
+from memcube.tiers.moving import Standing
+from memcube.tiers.plaintext import IndexedCube, IndexSpec, Scored
+from memcube.tiers.shard import PlaintextShard, ShardInfo, look_at
 
 START = datetime(2026, 3, 1, 12, tzinfo=UTC)
 
@@ -49,8 +56,19 @@ class LocalShard:
     ``on_put`` is called before each put: what happens there happens while a put is on its way.
     """
 
-    def __init__(self, number: int, embedder: HashEmbedder) -> None:
+    def __init__(
+        self,
+        number: int,
+        embedder: HashEmbedder,
+        look_up: Callable[[TenantId, int], Standing],
+        moving: Callable[[], set[TenantId]],
+    ) -> None:
+        """``look_up``: how a tenant stands to a shard, ``moving``: which are on their way, as the catalog has
+        it."""
         self.embedder = embedder
+        self._look_up = look_up
+        self._moving = moving
+        self.fence = LeaderFence()
         self.down = False
         self.puts: list[list[tuple[CubeId, int]]] = []
         self.on_put: Callable[[], None] | None = None
@@ -73,6 +91,9 @@ class LocalShard:
             shard=self._number,
             epoch=self._epoch,
             location=f"memory:{self._number}",
+            look_up=self._standing,
+            moving=self._moving(),
+            leader_fence=self.fence.check,
         )
 
     def held(self) -> dict[CubeId, int]:
@@ -100,8 +121,24 @@ class LocalShard:
     async def search(self, tenant: TenantId, query: str, **how: Any) -> list[Hit]:
         return await self._reached().search(tenant, query, **how)
 
+    async def nearest(
+        self, tenant: TenantId, ids: Sequence[CubeId], **how: Any
+    ) -> dict[CubeId, list[Scored]]:
+        return await self._reached().nearest(tenant, ids, **how)
+
     async def versions(self) -> list[tuple[TenantId, CubeId, int]]:
         return await self._reached().versions()
+
+    async def note_left(self, tenants: Sequence[TenantId]) -> None:
+        await self._reached().note_left(tenants)
+
+    @property
+    def moving(self) -> PlaintextShard:
+        """The shard for the steps of a tenant's move."""
+        return self._reached()
+
+    async def _standing(self, tenant: TenantId) -> Standing:
+        return self._look_up(tenant, self._number)
 
     def _reached(self) -> PlaintextShard:
         if self.down:
@@ -130,7 +167,16 @@ class LocalSystem:
     reconciler: Reconciler
     config: Config
     engines: list[ScriptedModel]
+    forgetting: Forgetting
     uses: dict[TenantId, dict[CubeId, int]] = field(default_factory=dict)
+    _scheduler: "LocalScheduler | None" = None
+
+    @property
+    def scheduler(self) -> "LocalScheduler":
+        """The scheduler's host over these parts, made when it is first asked for."""
+        if self._scheduler is None:
+            self._scheduler = LocalScheduler(self)
+        return self._scheduler
 
     @classmethod
     def open(
@@ -153,22 +199,21 @@ class LocalSystem:
         catalog = Catalog(database)
         clock = ManualClock()
         embedder = HashEmbedder()
-        shards = [LocalShard(n, embedder) for n in range(config.plaintext.shards)]
+        shards = [
+            LocalShard(n, embedder, catalog.shards.standing, catalog.shards.moving)
+            for n in range(config.plaintext.shards)
+        ]
         indexer = Indexer(catalog, embedder, shards.__getitem__, clock=clock)
         uses: dict[TenantId, dict[CubeId, int]] = {}
 
-        def used(tenant: TenantId, ids: Sequence[CubeId]) -> None:
+        def used(tenant: TenantId, found: Mapping[CubeId, float]) -> None:
             counts = uses.setdefault(tenant, {})
-            for id in ids:
+            for id in found:
                 counts[id] = counts.get(id, 0) + 1
 
         engines = [ScriptedModel()]
 
-        async def changed(tenant: TenantId, ids: Sequence[CubeId]) -> None:
-            for engine in engines:
-                with contextlib.suppress(Unavailable):
-                    await engine.forget(ids, None)
-
+        forgetting = Forgetting(engines, catalog.adapters, clock=clock)
         service = MemoryService(
             catalog,
             Reader(config.reader, llm),
@@ -177,7 +222,7 @@ class LocalSystem:
             clock=clock,
             limits=config.limits,
             used=used,
-            changed=changed,
+            changed=forgetting,
         )
         # The scheduler is another process with an indexer of its own.
         reconciler = Reconciler(
@@ -188,7 +233,17 @@ class LocalSystem:
             num_shards=len(shards),
         )
         return cls(
-            clock, catalog, embedder, shards, indexer, service, reconciler, config, engines, uses
+            clock,
+            catalog,
+            embedder,
+            shards,
+            indexer,
+            service,
+            reconciler,
+            config,
+            engines,
+            forgetting,
+            uses,
         )
 
     def close(self) -> None:
@@ -219,12 +274,8 @@ class LocalSystem:
 
     async def status(self) -> dict[str, Any]:
         """What the gateway's backend tells of the parts."""
-        infos = [await shard.info() for shard in self.shards]
         return {
-            "shards": [
-                {"shard": i.shard, "epoch": i.epoch, "index": i.index, "location": i.location}
-                for i in infos
-            ],
+            "shards": [asdict(await look_at(n, shard)) for n, shard in enumerate(self.shards)],
             "embedder": {
                 "identity": self.embedder.identity,
                 "dim": self.embedder.dim,
@@ -232,8 +283,54 @@ class LocalSystem:
                 "texts": 0,
                 "batches": 0,
             },
-            "scheduler": {"epoch": 1, "rounds": 0, "failures": 0, "last": {}},
+            "scheduler": {"epoch": 1, "rounds": 0, "failures": 0, "last": {}, "error": None},
         }
+
+
+class LocalScheduler:
+    """A real host over a system's doubles. It runs when it is asked to."""
+
+    def __init__(self, system: LocalSystem, *, holder: str = "scheduler") -> None:
+        async def open_objects() -> FolderStore:
+            file = Path(system.catalog._database.url.database or "")
+            return FolderStore.open(file.parent / "objects")
+
+        self.keeper = LeaseKeeper(system.catalog.leases, holder=holder, clock=system.clock)
+        self.host: SchedulerHost = scheduler_host(
+            system.catalog,
+            system.config,
+            self.keeper,
+            reconciler=system.reconciler,
+            indexer=system.indexer,
+            sweep=lifecycle_sweep(
+                system.catalog,
+                system.indexer,
+                system.shards.__getitem__,
+                system.config,
+                clock=system.clock,
+                open_objects=open_objects,
+            ),
+            engines=system.engines,
+            plaintext=None,
+            clock=system.clock,
+        )
+
+    async def step(self) -> None:
+        """One round of every part, and wait for the moves that it started."""
+        self.keeper.step()
+        await self.host.step()
+        await self.host.settled()
+
+    async def details(self) -> dict[str, Any]:
+        return self.host.details()
+
+    async def plan(self, *, limit: int) -> dict[str, Any]:
+        await self.round_now()
+        return self.host.plan(limit=limit)
+
+    async def round_now(self) -> dict[str, Any]:
+        self.keeper.step()
+        return await self.host.round_now()
 
 
 def migrated_catalog(folder: Path) -> Path:

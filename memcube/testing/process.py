@@ -6,13 +6,25 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import psutil
 
 ROOT = Path(__file__).resolve().parents[2]
 START_S = 180.0
+
+
+def processes_below(pid: int, title: str) -> list[psutil.Process]:
+    """Descendants of a process whose command line begins with a title, such as ``ray::QdrantActor``."""
+    found = []
+    for process in psutil.Process(pid).children(recursive=True):
+        try:
+            if " ".join(process.cmdline()).startswith(title):
+                found.append(process)
+        except psutil.NoSuchProcess:
+            continue  # it ended while the tree was read
+    return found
 
 
 class SystemProcess:
@@ -30,7 +42,9 @@ class SystemProcess:
         *,
         port: int = 0,
         chat: bool = False,
+        environ: Mapping[str, str] | None = None,
     ) -> None:
+        """``environ`` is what is added to this process's environment."""
         self.data_dir = data_dir
         self._overrides = [
             f"activation.actors={int(chat)}",
@@ -38,6 +52,7 @@ class SystemProcess:
             *overrides,
         ]
         self._port = port
+        self._environ = {**os.environ, **(environ or {})}
         self._launcher: subprocess.Popen[bytes] | None = None
         self.url = ""
         self.key = ""
@@ -65,6 +80,7 @@ class SystemProcess:
             self._launcher = subprocess.Popen(
                 [*command, "--port", str(self._port), *self._overrides],
                 cwd=ROOT,
+                env=self._environ,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
@@ -91,15 +107,8 @@ class SystemProcess:
         self._launcher = None
 
     def processes(self, title: str) -> list[psutil.Process]:
-        """Processes of the tree whose command line begins with a title, such as ``ray::QdrantActor``."""
-        found = []
-        for process in psutil.Process(self.pid).children(recursive=True):
-            try:
-                if " ".join(process.cmdline()).startswith(title):
-                    found.append(process)
-            except psutil.NoSuchProcess:
-                continue  # it ended while the tree was read
-        return found
+        """Those of the tree; see ``processes_below``."""
+        return processes_below(self.pid, title)
 
     def kill_one(self, title: str) -> int:
         """``kill -9`` the processes of a title; returns how many there were."""

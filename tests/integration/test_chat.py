@@ -12,6 +12,8 @@ from openai import OpenAI
 from memcube.client import MemCubeClient
 from memcube.testing.process import SystemProcess
 
+pytestmark = pytest.mark.long
+
 MODEL = "SmolLM2-135M-Instruct"
 TURNS = [
     {

@@ -5,9 +5,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
 
 import httpx
 import psutil
@@ -15,18 +13,9 @@ import pytest
 
 from memcube.client import MemCubeClient
 from memcube.testing.process import ROOT, SystemProcess
+from memcube.testing.waiting import until
 
-T = TypeVar("T")
 BACK_S = 60.0
-
-
-def until(found: Callable[[], T], *, within_s: float = BACK_S) -> T:
-    """What ``found`` gives once it is true; asked again and again until the deadline."""
-    deadline = time.monotonic() + within_s
-    while not (value := found()):
-        assert time.monotonic() < deadline, f"not within {within_s:g} s"
-        time.sleep(0.1)
-    return value
 
 
 def found(client: MemCubeClient, query: str, user_id: str) -> list[str]:
@@ -40,7 +29,7 @@ def test_what_was_added_is_found_by_the_next_search(client: MemCubeClient):
 
 def test_what_was_only_stored_is_found_soon(client: MemCubeClient):
     client.add("Bob keeps bees", user_id="bob", wait="stored")
-    until(lambda: found(client, "bees", "bob") == ["Bob keeps bees"])
+    until(lambda: found(client, "bees", "bob") == ["Bob keeps bees"], within_s=BACK_S)
 
 
 def test_every_part_says_that_it_is_ready(system: SystemProcess, client: MemCubeClient):
@@ -89,13 +78,16 @@ def test_a_killed_part_comes_back_with_its_data(
     client.add(f"before the {user} died", user_id=user)
     assert system.kill_one(title) > 0
     client.add("after it", user_id=user)
-    until(lambda: set(found(client, "died after", user)) == {f"before the {user} died", "after it"})
+    until(
+        lambda: set(found(client, "died after", user)) == {f"before the {user} died", "after it"},
+        within_s=BACK_S,
+    )
 
 
 def test_a_killed_scheduler_leads_again_under_a_higher_epoch(
     system: SystemProcess, client: MemCubeClient
 ):
-    epoch = until(lambda: client.status()["scheduler"]["epoch"])
+    epoch = until(lambda: client.status()["scheduler"]["epoch"], within_s=BACK_S)
     system.kill_one("ray::SchedulerActor")
 
     def higher() -> bool:
@@ -104,7 +96,7 @@ def test_a_killed_scheduler_leads_again_under_a_higher_epoch(
         except Exception:  # noqa: BLE001 - it is on its way back
             return False
 
-    until(higher)
+    until(higher, within_s=BACK_S)
 
 
 def test_a_retry_with_the_same_key_has_one_effect_though_the_gateway_died_between(
@@ -186,7 +178,8 @@ def test_it_stops_cleanly_and_starts_again_with_its_data_even_after_a_kill_of_ev
                 lambda: (
                     set(found(client, "outlives kill", "u"))
                     == {"it outlives a stop", "and a kill of everything"}
-                )
+                ),
+                within_s=BACK_S,
             )
     finally:
         system.stop()

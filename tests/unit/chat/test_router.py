@@ -1,4 +1,7 @@
+import pytest
+
 from memcube.chat.router import Part, Router
+from memcube.errors import DeadlineExceeded, TooBusy, Unavailable
 
 A, B = Part("a", 1000), Part("b", 1000)
 
@@ -45,3 +48,40 @@ def test_what_is_done_leaves_the_line():
         route = router.choose([A])
         assert route.engine == 0
         router.done(route)
+
+
+def asked(router: Router, failing: dict[int, Exception], *, said: bool = False) -> list[int]:
+    """The engines that were tried for a request, with what some of them raise."""
+    tried = []
+    for attempt in router.attempts([A]):
+        with attempt as route:
+            tried.append(route.engine)
+            attempt.said = said
+            if route.engine in failing:
+                raise failing[route.engine]
+            return tried
+    raise AssertionError("the last attempt raises")
+
+
+def test_each_engine_is_tried_once_until_one_answers():
+    router = Router(3)
+    down = Unavailable("it is being restarted")
+    assert asked(router, {0: down, 1: down}) == [0, 1, 2]
+    assert asked(router, {}) == [2]
+    with pytest.raises(Unavailable):
+        asked(router, dict.fromkeys(range(3), down))
+    assert router._in_line == [0, 0, 0]
+
+
+@pytest.mark.parametrize("error", [TooBusy("full", 1.0), DeadlineExceeded("late"), ValueError()])
+def test_what_another_engine_would_not_mend_is_not_tried_there(error):
+    router = Router(2)
+    with pytest.raises(type(error)):
+        asked(router, {0: error})
+    assert router._in_line == [0, 0]
+    assert asked(router, {}) == [0]
+
+
+def test_what_was_said_is_not_said_again():
+    with pytest.raises(Unavailable):
+        asked(Router(2), {0: Unavailable("gone")}, said=True)

@@ -6,10 +6,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from memcube.cli import main
 from memcube.cli.output import as_lines, safe
 from memcube.cli.serve import NotInstalled, server_command
-from memcube.testing.api import KEY, FakeApi
 
 COMMANDS = [
     "serve",
@@ -21,32 +19,26 @@ COMMANDS = [
     "history",
     "context",
     "migrate",
+    "compare",
+    "rollback",
+    "doctor",
     "ingest",
     "status",
     "version",
 ]
-NESTED = [["keys", "create"], ["keys", "list"], ["keys", "revoke"], ["eval", "locomo"]]
-
-
-@pytest.fixture
-def api():
-    return FakeApi()
-
-
-@pytest.fixture
-def memcube(api, capsys, tmp_path, monkeypatch):
-    """Runs a command; its exit code, stdout and stderr."""
-    for name in ("MEMCUBE_URL", "MEMCUBE_API_KEY", "MEMCUBE_HOME"):
-        monkeypatch.delenv(name, raising=False)
-    options = ["--url", "http://server", "--key", KEY, "--data", str(tmp_path / "data")]
-
-    def run(*argv, options=options):
-        with pytest.raises(SystemExit) as ended:
-            main([*options, *argv], transport=api.transport)
-        out, err = capsys.readouterr()
-        return ended.value.code, out, err
-
-    return run
+NESTED = [
+    ["keys", "create"],
+    ["keys", "list"],
+    ["keys", "revoke"],
+    ["eval", "locomo"],
+    ["snapshot", "create"],
+    ["snapshot", "list"],
+    ["snapshot", "delete"],
+    ["proposals", "list"],
+    ["proposals", "find"],
+    ["proposals", "apply"],
+    ["proposals", "dismiss"],
+]
 
 
 def test_what_is_added_is_found_shown_listed_and_forgotten(memcube, api):
@@ -83,6 +75,10 @@ def test_a_migration_says_what_was_built_and_where_it_lies(memcube):
         ["context", "tea"],
         ["status"],
         ["keys", "list"],
+        ["snapshot", "list"],
+        ["compare", "--since", "2024-01-01"],
+        ["proposals", "list"],
+        ["doctor"],
     ],
 )
 def test_every_reading_command_prints_json(memcube, argv):
@@ -208,9 +204,8 @@ def test_an_evaluation_prints_a_table_and_writes_its_figures(memcube, api, tmp_p
 def test_serve_passes_its_options_to_the_system(tmp_path):
     (tmp_path / "cluster").mkdir()
     (tmp_path / "cluster" / "up.py").touch()
-    command, environ = server_command(
-        tmp_path, ["a.b=1"], config=Path("c.yaml"), data=Path("d"), port=0
-    )
+    given = {"--config": Path("c.yaml"), "--data": Path("d"), "--port": 0, "--left-out": None}
+    command, environ = server_command(tmp_path, "cluster.up", given, ["a.b=1"])
     options = ["--config", "c.yaml", "--data", "d", "--port", "0"]
     assert command[1:] == ["-m", "cluster.up", *options, "a.b=1"]
     assert environ["PYTHONPATH"].startswith(str(tmp_path))
@@ -241,4 +236,4 @@ def test_lists_in_the_status_are_lines_too():
 
 def test_serve_of_the_clients_wheel_says_where_the_server_is(tmp_path):
     with pytest.raises(NotInstalled, match="make serve"):
-        server_command(tmp_path, [], config=None, data=None, port=None)
+        server_command(tmp_path, "cluster.up", {})

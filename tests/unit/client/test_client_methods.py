@@ -124,6 +124,22 @@ def test_status_probes_context_and_freezing_answer(client):
     assert (migrated.tokens, migrated.residency[0].medium) == (1, "device")
 
 
+def test_nodes_are_listed_drained_and_forgotten_and_tenants_sent_to_them(client, api):
+    api.node("a")
+    api.node("b", num_tenants=1)
+    assert [node["name"] for node in client.nodes.list()] == ["a", "b"]
+    assert client.nodes.drain("b")["state"] == "draining"
+    assert client.nodes.get("b")["state"] == "drained"
+    assert client.nodes.undrain("b")["state"] == "up"
+    with pytest.raises(errors.Conflict):
+        client.nodes.forget("b")
+    api.node("b", state="down")
+    assert client.nodes.forget("b") == {"name": "b", "forgotten": True}
+    event = client.nodes.move_tenant("acme", to="a")
+    assert (event.kind, event.tenant, event.ended) == ("move_tenant", "acme", False)
+    assert client.scheduler.event(event.id) == event
+
+
 async def test_the_async_client_does_the_same(api):
     async with AsyncMemCubeClient("http://s", KEY, transport=api.transport, retry=QUICK) as client:
         api.failures.append(503)

@@ -11,13 +11,23 @@ import torch
 from fastapi import FastAPI
 
 from memcube.activation.contract import Mode
-from memcube.catalog import Role
+from memcube.catalog import (
+    JobKind,
+    JobState,
+    NewJob,
+    NewProposal,
+    NewTask,
+    NodeSeen,
+    ProposalKind,
+    Role,
+)
 from memcube.chat.migration import ActivationTier
 from memcube.chat.router import Router
 from memcube.chat.service import ChatService
 from memcube.config import Limits
 from memcube.cube import Scope
 from memcube.ids import CubeId, digest
+from memcube.lifecycle_parts import lifecycle_parts
 from memcube.objects.folder import FolderStore
 from memcube.parametric.registry import AdapterFiles, AdapterRegistry, Provenance
 from memcube.parametric.weights import AdapterWeights, LoraPair
@@ -127,6 +137,93 @@ class Api:
         assert record is not None
         return record.line.id
 
+    def job(self, *, key: str = "", **result: Any) -> str:
+        """The id of a job that failed after its gate had judged."""
+        now, catalog = self.system.clock(), self.system.catalog
+        who = catalog.access.authenticate(key or self.key, now=now)
+        new = NewJob(kind=JobKind.CONSOLIDATE, spec={"name": "ann"}, author=who.key_id)
+        made = catalog.jobs.add(who.tenant, new, now=now)
+        # Others may be queued: the one that was made now is claimed last.
+        while (job := catalog.jobs.claim("test", now=now, ttl_s=1e6)) and job.id != made.id:
+            catalog.jobs.finish(job, JobState.CANCELLED, now=now)
+        assert job is not None
+        report = {
+            "adapter": "ann",
+            "figures": {"recall": 0.5, "leak": None},
+            "limits": {"recall": 0.93, "leak": 0.08},
+            "short": ["recall 50.0% (at least 93%)"],
+            "history": [[2.0, 1.5, 0.1], [1.0, 0.5, 0.2]],
+        }
+        catalog.jobs.log(job.id, "begun", now=now)
+        catalog.jobs.finish(job, JobState.FAILED, now=now, result=report | result, error="no room")
+        return job.id
+
+    @property
+    def objects(self) -> FolderStore:
+        return _objects_of(self.system)
+
+    async def snapshot(self, *, key: str = "") -> str:
+        """The id of a new snapshot."""
+        known = await self.ok("GET", "/v1/snapshots", key=key)
+        body = {"name": f"number {len(known['snapshots'])}", "user_id": "ann"}
+        return (await self.ok("POST", "/v1/snapshots", body, key=key))["id"]
+
+    async def proposal(self, *, key: str = "") -> str:
+        """The id of a new proposal, to merge two new memories."""
+        now, catalog = self.system.clock(), self.system.catalog
+        who = catalog.access.authenticate(key or self.key, now=now)
+        number = len(catalog.proposals.find(who.tenant, limit=10_000, now=now))
+        ids = [await self.add(f"part {n} of {number}", key=key or self.key) for n in (1, 2)]
+        new = NewProposal(
+            kind=ProposalKind.DUPLICATE,
+            cubes={CubeId(id): 1 for id in ids},
+            text=f"both of {number}",
+            why={"turns": False},
+        )
+        return catalog.proposals.note(who.tenant, [new], now=now)[0].id
+
+    async def task(self, *, key: str = "", kind: str = "consolidate") -> str:
+        """The id of a new task that is done: it proposes to train a new memory."""
+        now, catalog = self.system.clock(), self.system.catalog
+        who = catalog.access.authenticate(key or self.key, now=now)
+        number = len(catalog.tasks.page(limit=10_000))
+        cube = await self.add(f"of task {number}", key=key or self.key)
+        payload = {"scope": "s", "cubes": [cube], "reason": "it lasts"}
+        new = NewTask(kind=kind, key=str(number), payload=payload)
+        made = catalog.tasks.put(who.tenant, new, now=now)
+        self.system.scheduler.keeper.step()
+        leader = self.system.scheduler.keeper.epoch or 0
+        for task in catalog.tasks.claim(leader=leader, now=now, limit=10_000, kinds=[kind]):
+            catalog.tasks.done(task, leader=leader, now=now, result={"outcome": "proposed"})
+        return made.id
+
+    async def dead_task(self, *, key: str = "") -> str:
+        """The id of a new task that has had its attempts."""
+        now, catalog = self.system.clock(), self.system.catalog
+        who = catalog.access.authenticate(key or self.key, now=now)
+        number = len(catalog.tasks.page(limit=10_000))
+        new = NewTask(kind="test", key=str(number), payload={}, max_attempts=1)
+        made = catalog.tasks.put(who.tenant, new, now=now)
+        self.system.scheduler.keeper.step()
+        leader = self.system.scheduler.keeper.epoch or 0
+        for task in catalog.tasks.claim(leader=leader, now=now, limit=10_000, kinds=["test"]):
+            catalog.tasks.failed(task, "it can't be", leader=leader, now=now)
+        return made.id
+
+    def nodes(self, *names: str, alive: bool = True, **labels: str) -> tuple[str, ...]:
+        """Nodes that the cluster has now, or has lost, beside those that it had."""
+        now, book = self.system.clock(), self.system.catalog.shards
+        known = {
+            node.name: NodeSeen(name=node.name, labels=node.labels, alive=node.alive)
+            for node in book.nodes()
+        }
+        known["spare"] = NodeSeen(name="spare", labels={}, alive=True)
+        known |= {name: NodeSeen(name=name, labels=labels, alive=alive) for name in names}
+        self.system.scheduler.keeper.step()
+        leader = self.system.scheduler.keeper.epoch or 0
+        book.note_nodes(list(known.values()), leader=leader, now=now)
+        return names
+
     async def texts(self, query: str, *, key: str = "", **body: Any) -> list[str]:
         """Texts of a sparse search's hits, best first."""
         asked = {"query": query, "mode": "sparse", **body}
@@ -163,7 +260,17 @@ def _backend_of(system: LocalSystem) -> Backend:
         chat=ChatService(system.service, system.engines, system.config.chat, router),
         kv_stats=moments_of(system.engines),
         tier=ActivationTier(system.service, system.engines, router, mode=Mode.EXACT),
+        forgetting=system.forgetting,
         open_objects=open_objects,
+        lifecycle=lifecycle_parts(
+            system.catalog,
+            system.indexer,
+            system.shards.__getitem__,
+            system.config,
+            clock=system.clock,
+            open_objects=open_objects,
+        ),
+        scheduler=system.scheduler,
         chat_model=system.config.model.name,
     )
 

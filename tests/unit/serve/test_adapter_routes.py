@@ -26,6 +26,20 @@ async def test_a_version_is_activated_and_rolled_back(api):
     assert (await states(api))[2] == ("serving", None)
 
 
+async def test_engines_forget_the_version_that_stops(api):
+    engine, told = api.system.engines[0], []
+
+    async def forget(cubes, tenant):
+        told.append({name.partition(":")[0] for name in cubes})
+        return 0
+
+    engine.forget = forget
+    id = await api.adapter()
+    await api.ok("POST", f"/v1/adapters/{id}/activate", {"version": 1})
+    await api.ok("POST", f"/v1/adapters/{id}/rollback")
+    assert told == [{"adapter"}, {"adapter"}]
+
+
 async def test_one_that_holds_a_deleted_memory_can_not_be_activated(api):
     id = await api.adapter()
     await api.ok("DELETE", "/v1/memories?user_id=ann")
@@ -39,3 +53,16 @@ async def test_a_version_that_is_not_there_is_not_found(api):
     id = await api.adapter()
     await api.problem(404, "not_found", "POST", f"/v1/adapters/{id}/activate", {"version": 9})
     await api.problem(422, "bad_request", "POST", f"/v1/adapters/{id}/activate", {"version": 0})
+
+
+async def test_lineage_is_read_both_ways(api):
+    id = await api.adapter()
+    found = await api.ok("GET", f"/v1/adapters/{id}/versions/2")
+    ((cube, version),) = [(inside["id"], inside["version"]) for inside in found["cubes"]]
+    assert (found["state"], version) == ("serving", 1)
+    holders = (await api.ok("GET", f"/v1/cubes/{cube}/adapters"))["adapters"]
+    assert [(h["adapter"], h["version"], h["state"], h["cube_version"]) for h in holders] == [
+        (id, 1, "retired", 1),
+        (id, 2, "serving", 1),
+    ]
+    await api.problem(404, "not_found", "GET", f"/v1/adapters/{id}/versions/3")

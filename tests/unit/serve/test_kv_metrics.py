@@ -49,6 +49,20 @@ async def test_a_scrape_tells_of_hits_bytes_evictions_times_and_the_line(counted
     assert told['memcube_engine_ttft_seconds_count{engine="0",kind="exact"}'] == 1
 
 
+async def test_a_scrape_tells_of_adapters_where_there_are_some(counted):
+    told = await scraped(counted)
+    one = {"resident": 2, "resident_bytes": 500, "loads_total": 3, "load_seconds_total": 0.3}
+    for name, value in {**one, "evictions_total": 1}.items():
+        assert told[f'memcube_adapter_{name}{{engine="0"}}'] == value
+    assert told['memcube_adapter_refused_total{code="corrupt",engine="0"}'] == 4
+    swap = 'memcube_adapter_wait_seconds_%s{engine="0",kind="resident"}'
+    assert (told[swap % "count"], told[swap % "sum"]) == (1, 0.01)
+    engine = counted.system.engines[0]
+    without = replace(await engine.stats(), adapters=None)
+    text = kv_metrics.text([without], name_tenants=False).decode()
+    assert not any(name.startswith("memcube_adapter") for name in samples(text))
+
+
 async def test_tenants_are_named_to_an_operator_alone(api, operator, admin, other):
     id = await api.add("Ann moved to Oslo")
     await api.ok("POST", f"/v1/cubes/{id}/migrate", {"tier": "activation"})

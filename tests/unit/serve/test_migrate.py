@@ -2,6 +2,7 @@
 
 import pytest
 
+from memcube.catalog import NodeSeen
 from memcube.ids import uuid7
 from memcube.testing.chat import BYTES_PER_TOKEN, ScriptedModel
 from memcube.testing.local import START
@@ -51,7 +52,7 @@ async def test_a_migrated_leaf_is_attached_by_the_first_question(api, engine):
     (place,) = told["residency"]
     assert (place["medium"], place["location"]) == ("device", "node-1/engine-0")
     assert await kv(api, id) == [place]
-    assert (await chat(api, id))["cubes"] == [{"id": id, "form": "exact_kv"}]
+    assert (await chat(api, id))["cubes"] == [{"id": id, "form": "exact_kv", "in_adapter": False}]
 
 
 async def test_a_migrated_composite_holds_all_its_members(api, engine):
@@ -108,7 +109,7 @@ async def test_a_change_of_any_member_makes_all_kv_of_it_unservable_before_the_a
     else:
         await api.ok("DELETE", "/v1/memories?user_id=ann")
     assert await engine.residency(ids[:1]) == []
-    assert not any("Oslo" in text for _, text in engine._kv)
+    assert not any("Oslo" in text for *_, text in engine._kv)
     if how != "scope":
         assert await kv(api, whole) == []
         assert await kv(api, other) != []
@@ -126,7 +127,7 @@ async def test_what_is_changed_while_it_is_built_is_not_kept(api, engine, system
     body = {"tier": "activation"}
     told = await api.problem(409, "conflict", "POST", f"/v1/cubes/{whole}/migrate", body)
     assert "changed" in told["detail"]
-    assert not any("Oslo" in text for _, text in engine._kv)
+    assert not any("Oslo" in text for *_, text in engine._kv)
     assert await kv(api, whole) == []
     assert (await migrate(api, whole))["cubes"] == 1
 
@@ -177,3 +178,21 @@ async def test_without_a_chat_model_it_is_a_conflict_that_says_what_to_do(api, t
     assert "activation.actors=1" in told["detail"]
     await api.problem(404, "not_found", "POST", f"/v1/cubes/{uuid7(START)}/migrate", body)
     assert await kv(api, id) == []
+
+
+async def test_kv_is_built_on_the_node_that_is_named(api, system, engine):
+    nodes = [
+        NodeSeen(name=name, labels={"zone": "west"}, alive=True) for name in (engine.node, "b")
+    ]
+    lease = system.catalog.leases.acquire("scheduler", "test", now=system.clock(), ttl_s=9)
+    system.catalog.shards.note_nodes(nodes, leader=lease.epoch, now=system.clock())
+    id = await api.add("Ann lives in Oslo")
+    path = f"/v1/cubes/{id}/migrate"
+    for word in (engine.node, "zone=west"):
+        told = await api.ok("POST", path, {"tier": "activation", "node": word})
+        assert {place["location"].partition("/")[0] for place in told["residency"]} == {engine.node}
+    for word in ("b", "zone=east"):  # no engine there, no such node
+        refused = await api.call("POST", path, {"tier": "activation", "node": word})
+        assert api.check(refused)["status"] == 404
+    refused = await api.call("POST", path, {"tier": "plaintext", "node": "b"})
+    assert api.check(refused)["status"] == 422

@@ -49,10 +49,10 @@ async def test_an_answer_has_openais_shape_and_says_which_memories_were_used(api
         "refusal": None,
     }
     assert answer["choices"][0]["finish_reason"] == "stop"
-    assert answer["memory"]["cubes"] == [{"id": id, "form": "text"}]
+    assert answer["memory"]["cubes"] == [{"id": id, "form": "text", "in_adapter": False}]
     assert answer["usage"]["prompt_tokens_details"] == {"cached_tokens": 0}
     again = await api.ok("POST", "/v1/chat/completions", body(memory={"user_id": "ann"}))
-    assert again["memory"]["cubes"] == [{"id": id, "form": "exact_kv"}]
+    assert again["memory"]["cubes"] == [{"id": id, "form": "exact_kv", "in_adapter": False}]
     assert again["usage"]["prompt_tokens_details"]["cached_tokens"] > 0
 
 

@@ -55,7 +55,9 @@ def all_nodes(node: Any) -> Any:
 def examples_of(schema: dict[str, Any], operation: dict[str, Any]) -> list[Any]:
     media = operation["requestBody"]["content"]["application/json"]
     body = resolved(schema, media["schema"])
-    return [*body.get("examples", ()), *(e["value"] for e in media.get("examples", {}).values())]
+    bodies = [resolved(schema, one) for one in body.get("oneOf", ())] or [body]
+    shown = [e["value"] for e in media.get("examples", {}).values()]
+    return [*(example for one in bodies for example in one.get("examples", ())), *shown]
 
 
 def test_every_reference_of_the_document_leads_somewhere(schema):
@@ -119,7 +121,8 @@ def test_every_path_parameter_and_field_of_a_request_is_bounded(schema, operatio
         for parameter in operation.get("parameters", ()):
             if parameter["in"] != "path":
                 continue
-            assert parameter["schema"].get("maxLength"), (name, parameter["name"])
+            bounds = parameter["schema"].keys() & {"maxLength", "maximum"}
+            assert bounds, (name, parameter["name"])
 
 
 def test_the_unread_framework_error_is_not_documented(schema):
@@ -137,11 +140,21 @@ async def test_every_example_is_taken_as_it_stands(api, schema, operations, oper
             id = (await api.ok("POST", "/v1/cubes", {}))["id"] if "members" in path else one
             if "/adapters/" in path:
                 id = await api.adapter()
+            if "/proposals/" in path:
+                id = await api.proposal()
+            if path.endswith("/move"):
+                api.nodes(example["to"])
             body = dict(example)
             for field in ("ids", "members", "cube_ids"):
                 if body.get(field):
                     body[field] = [one, two]
-            response = await api.call(method, path.replace("{id}", id), body, key=operator)
+            if "adapters" in body:
+                held = await api.adapter()
+                body["adapters"] = [{"id": held, "version": n} for n in (1, 2)]
+            if isinstance(body.get("adapter"), dict):
+                body["adapter"] = {"id": await api.adapter(), "version": 1}
+            at = path.replace("{id}", id).replace("{tenant}", "acme")
+            response = await api.call(method, at, body, key=operator)
             assert response.is_success, (name, example, response.text)
             for made in (one, two):
                 await api.call("DELETE", f"/v1/memories/{made}")

@@ -1,11 +1,16 @@
 """Keys, status, health, metrics, and how errors of any kind are answered."""
 
+import asyncio
 import logging
 from dataclasses import replace
+from typing import Any, cast
 
 import pytest
 
+from memcube.config import Config, PlaintextConfig
 from memcube.errors import Unavailable
+from memcube.testing.local import LocalSystem
+from memcube.tiers import shard
 
 # -- keys ------------------------------------------------------------------------------------------
 
@@ -85,24 +90,54 @@ async def test_status_tells_counts_and_parts(api, reader):
     assert told["cubes"] == {"generated": 2, "archived": 1}
     assert told["pending_index"] == 1
     assert told["embedder"]["identity"] == "hash@1"
-    assert [shard["shard"] for shard in told["shards"]] == [0]
+    assert [one["shard"] for one in told["shards"]] == [0]
     assert told["version"]
 
 
 async def test_paths_on_hosts_are_told_to_an_operator_alone(api, reader, admin, operator):
     path = "host-1:/home/ann/.memcube/plaintext/shard-000/28c2"
-    shard = api.system.shards[0]._shard
-    shard._info = replace(shard._info, location=path)
+    opened = api.system.shards[0]._shard
+    opened._info = replace(opened._info, location=path)
     id = await api.add("tea")
     for key, told in ((reader, "shard-000/28c2"), (admin, "shard-000/28c2"), (operator, path)):
-        (shard,) = (await api.ok("GET", "/v1/status", key=key))["shards"]
-        assert shard["location"] == told
+        (listed,) = (await api.ok("GET", "/v1/status", key=key))["shards"]
+        assert listed["location"] == told
         for route in ("memories", "cubes"):
             (place,) = (await api.ok("GET", f"/v1/{route}/{id}", key=key))["residency"]
-            assert place["location"] == told
+            assert place["location"] == "shard-0"  # wherever that runs
 
 
-async def test_health_asks_nobody_and_readiness_asks_all(api):
+async def test_while_a_shard_is_down_the_others_serve_and_the_status_says_which(
+    tmp_path, prepared, open_api, operator
+):
+    config = Config(data_dir=tmp_path, plaintext=PlaintextConfig(shards=2))
+    system = LocalSystem.open(tmp_path, config=config, template=prepared.file)
+    api = open_api(system, operator)
+    async with api.client:
+        system.shards[1].down = True
+        assert (await api.call("GET", "/readyz", key=None)).text == "ready\n"
+        up, down = (await api.ok("GET", "/v1/status"))["shards"]
+        assert (up["shard"], up["error"]) == (0, None)
+        assert (down["shard"], down["epoch"], down["location"]) == (1, None, None)
+        assert "shard 1" in down["error"]
+        assert (await metrics(api))["memcube_shards_down"] == 1
+        system.shards[0].down = True
+        told = await api.problem(503, "unavailable", "GET", "/readyz", key=None)
+        assert "shard 0" in told["detail"]
+    system.close()
+
+
+async def test_a_shard_that_hangs_is_given_up_in_time(monkeypatch):
+    class Hanging:
+        async def info(self):
+            await asyncio.Event().wait()
+
+    monkeypatch.setattr(shard, "LOOK_DEADLINE_S", 0.01)
+    state = await shard.look_at(3, cast(Any, Hanging()))
+    assert (state.shard, state.error) == (3, "shard 3 does not answer within 0.01 s")
+
+
+async def test_health_asks_nobody_and_readiness_asks_the_parts(api):
     response = await api.call("GET", "/healthz", key=None)
     assert (response.status_code, response.text) == (200, "ok\n")
     assert (await api.call("GET", "/readyz", key=None)).text == "ready\n"
