@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import ray
 from ray.actor import ActorHandle
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from actors.calls import answer
 from memcube.activation.contract import Usage
@@ -68,6 +68,9 @@ class RemoteChatModel:
                     raise
                 except RayActorError:
                     raise Unavailable(f"{self._name} is being restarted", 2.0) from None
+                except RayError as failed:
+                    why = type(failed).__name__
+                    raise Unavailable(f"{self._name} can't be reached ({why})", 2.0) from None
                 yield piece
                 if piece.finish is not None:
                     return

@@ -8,12 +8,12 @@ and the tests, run beside each other.
 import hashlib
 import os
 import secrets
-import socket
 import tempfile
 import time
 from pathlib import Path
 
 from memcube.errors import Conflict
+from memcube.ports import free_ports, free_range, is_free
 
 ROOT = Path(__file__).resolve().parents[1]
 PORT_WAIT_S = 25.0
@@ -103,38 +103,6 @@ def _token(data_dir: Path) -> Path:
         with open(descriptor, "w") as file:
             file.write(secrets.token_hex(32))
     return path
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on now."""
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
-    finally:
-        for one in sockets:
-            one.close()
-
-
-def free_range(length: int) -> int:
-    """The first of some ports in a row that nobody listens on, below the ephemeral ones."""
-    for _ in range(100):
-        start = 20_000 + secrets.randbelow(10_000)
-        if all(is_free("127.0.0.1", start + i) for i in range(length)):
-            return start
-    raise Conflict(f"no {length} free ports in a row between 20000 and 30000")
-
-
-def is_free(host: str, port: int) -> bool:
-    """Whether a server could listen there."""
-    with socket.socket() as one:
-        one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            one.bind((host, port))
-        except OSError:
-            return False
-        return True
 
 
 def claim_port(host: str, port: int) -> int:

@@ -59,6 +59,11 @@ def problem_error(response: httpx.Response) -> MemCubeError:
     problem = _body(response)
     request_id = problem.get("request_id") or response.headers.get("x-request-id")
     detail = problem.get("detail") or problem.get("title") or response.text[:200]
+    if is_proxys(response):
+        detail = (
+            "the proxy reached no gateway, or the one it reached broke off (HTTP 500); try again"
+        )
+        problem = {"code": errors.Unavailable.code}
     about = {
         **problem,
         "status": response.status_code,
@@ -76,6 +81,12 @@ def from_problem(problem: Mapping[str, Any]) -> MemCubeError:
     if kind is None:
         kind = _BY_STATUS.get(status, errors.BadRequest if status < 500 else MemCubeError)
     return _answered(kind)(dict(problem))
+
+
+def is_proxys(response: httpx.Response) -> bool:
+    """Whether the proxy before the gateways answered: Ray Serve's says 500 for what is 502, 503 or 504 elsewhere."""
+    ours = response.headers.get("content-type", "").startswith("application/problem+json")
+    return response.status_code == httpx.codes.INTERNAL_SERVER_ERROR and not ours
 
 
 def retry_after_s(response: httpx.Response) -> float | None:

@@ -7,9 +7,13 @@ failure                repeatable call             other change
 =====================  ==========================  ==========================================
 could not connect      again                       again: nothing was sent
 429                    again                       again: refused before anything was done
-502, 503, 504          again                       raised: it may have been done
+502, 503, 504, and     again                       raised: it may have been done
+the proxy's own 500
 no answer, broken off  again                       ``OutcomeUnknown``: it may have been done
 =====================  ==========================  ==========================================
+
+The proxy in front of the gateways, Ray Serve's, says 500 where a gateway is gone or broke off: what
+others answer with 502, 503 or 504. It is told from a gateway's 500 by its form: not problem+json.
 
 Repeatable are reads, changes that carry an Idempotency-Key, deletes, and updates with an expected
 version. Waits are drawn from [0, base_s · 2ⁿ], at most cap_s ("full jitter"), and are no shorter
@@ -23,12 +27,20 @@ from typing import Generic, TypeVar
 
 import httpx
 
-from memcube.client.problems import OutcomeUnknown, Unreachable, problem_error, retry_after_s
+from memcube.client.problems import (
+    OutcomeUnknown,
+    Unreachable,
+    is_proxys,
+    problem_error,
+    retry_after_s,
+)
 from memcube.errors import BadRequest, Corrupt, MemCubeError
 
 T = TypeVar("T")
 
 TRANSIENT = frozenset({502, 503, 504})
+PROXY_WAIT_S = 2.0
+"""The shortest wait where the proxy answered: a gateway is started anew. As the system's own Retry-After."""
 NOT_SENT = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout, httpx.ProxyError)
 
 
@@ -121,11 +133,14 @@ class Tries(Generic[T]):
         if status == httpx.codes.NOT_FOUND and self._maybe_done and gone is not None:
             return Answer(gone)
         refused = status == httpx.codes.TOO_MANY_REQUESTS
-        if status in TRANSIENT:
+        by_proxy = is_proxys(response)
+        transient = by_proxy or status in TRANSIENT
+        if transient:
             self._maybe_done = True
-        if not refused and status not in TRANSIENT:
+        if not refused and not transient:
             raise problem_error(response)
-        wait_s = self._wait_s(now, at_least_s=retry_after_s(response), did_nothing=refused)
+        at_least_s = PROXY_WAIT_S if by_proxy else retry_after_s(response)
+        wait_s = self._wait_s(now, at_least_s=at_least_s, did_nothing=refused)
         if wait_s is None:
             raise problem_error(response)
         return Again(wait_s)

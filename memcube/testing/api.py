@@ -335,7 +335,8 @@ def problem(status: int, code: str, detail: str, **more: Any) -> httpx.Response:
     """An error response in the API's form."""
     body = {"type": "about:blank", "title": code, "status": status, "code": code}
     content = {**body, "detail": detail, "request_id": "req-1", **more}
-    return httpx.Response(status, json=content)
+    headers = {"content-type": "application/problem+json"}
+    return httpx.Response(status, headers=headers, content=json.dumps(content))
 
 
 def _failure(failure: int | httpx.Response | Exception) -> httpx.Response:

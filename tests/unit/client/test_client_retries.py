@@ -59,6 +59,17 @@ def test_a_keyed_write_is_tried_again_where_an_unkeyed_one_is_not(status):
         tries(calls.rollback("1", 1)).answered(failure, now=0.0)
 
 
+def test_a_500_is_tried_again_where_the_proxy_made_it_and_raised_where_the_system_did():
+    proxys = httpx.Response(
+        500, headers={"content-type": "text/plain"}, text="Internal Server Error"
+    )
+    assert tries(calls.add("a"), draw=0.0).answered(proxys, now=0.0) == Again(2.0)
+    with pytest.raises(Unavailable, match="HTTP 500"):
+        tries(calls.rollback("1", 1)).answered(proxys, now=0.0)
+    with pytest.raises(MemCubeError, match="a defect"):
+        tries(calls.add("a")).answered(problem(500, "internal", "a defect"), now=0.0)
+
+
 def test_an_unkeyed_write_is_tried_again_only_when_nothing_was_done():
     assert isinstance(tries(calls.archive("1")).failed(REFUSED, now=0.0), Again)
     busy = problem(429, "unavailable", "busy")
