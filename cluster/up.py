@@ -26,7 +26,7 @@ from memcube.config import Config, load_config
 from memcube.errors import Conflict, MemCubeError, NotFound, Unauthenticated
 
 TENANT = "default"
-READY_S = 180.0
+READY_S = 360.0
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 
 ROOT = Path(__file__).resolve().parents[2]
-START_S = 180.0
+START_S = 400.0
 
 
 def processes_below(pid: int, title: str) -> list[psutil.Process]:

@@ -13,7 +13,7 @@ from memcube.testing.process import SystemProcess
 from memcube.testing.waiting import until
 
 pytestmark = pytest.mark.long
-WITHIN_S = 60.0
+WITHIN_S = 180.0
 
 
 @pytest.fixture(scope="module")

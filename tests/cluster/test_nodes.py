@@ -16,7 +16,7 @@ from memcube.testing.waiting import until
 pytestmark = pytest.mark.long
 
 TENANT = TenantId("default")
-WITHIN_S = 60.0
+WITHIN_S = 180.0
 
 
 @pytest.fixture(scope="module")

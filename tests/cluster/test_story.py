@@ -23,7 +23,7 @@ from memcube.testing.waiting import until
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 TENANT = TenantId("default")
-WITHIN_S = 120.0
+WITHIN_S = 240.0
 RETRY_S = 1.0
 SETTINGS = [
     "scheduler.interval_s=0.5",

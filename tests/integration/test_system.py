@@ -15,7 +15,7 @@ from memcube.client import MemCubeClient
 from memcube.testing.process import ROOT, SystemProcess
 from memcube.testing.waiting import until
 
-BACK_S = 60.0
+BACK_S = 180.0
 
 
 def found(client: MemCubeClient, query: str, user_id: str) -> list[str]:

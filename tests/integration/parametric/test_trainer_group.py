@@ -89,7 +89,7 @@ def model(tmp_path_factory) -> str:
 
 
 def group_of(model: str, folder: Path, work: TrainingWork = WORK, **training) -> TrainerGroup:
-    settings = {"workers": 2, "zero_stage": 2, "place_s": 30.0, **training}
+    settings = {"workers": 2, "zero_stage": 2, "place_s": 120.0, **training}
     config = Config(
         model=ModelConfig(name=model, device="cpu"),
         model_cache=folder.parent / "models",
@@ -117,7 +117,7 @@ def workers() -> list[psutil.Process]:
 
 
 def is_cleaned_up() -> bool:
-    until = time.monotonic() + 20
+    until = time.monotonic() + 60
     while time.monotonic() < until:
         groups = [g for g in placement_group_table().values() if g["state"] != "REMOVED"]
         if not workers() and not groups:
@@ -170,7 +170,7 @@ def test_a_worker_that_is_killed_ends_the_run_and_the_next_goes_on(
 
     with pytest.raises(Unavailable):
         asyncio.run(group.run(progress=kill))
-    assert time.monotonic() - killed_at[0] < 15
+    assert time.monotonic() - killed_at[0] < 60
     assert is_cleaned_up()
     shutil.copytree(tmp_path / "run", tmp_path / "copy")
     seen = []
