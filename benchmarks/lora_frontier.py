@@ -37,6 +37,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "no negatives": {"data": _BARE},
     "rank 4": {"recipe": {"rank": 4, "alpha": 8.0}},
     "MLP only": {"recipe": {"targets": ["gate_proj", "up_proj", "down_proj"]}},
+    "distilled too": {"recipe": {"distil_weight": 1.0}},
 }
 
 

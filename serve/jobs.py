@@ -49,6 +49,7 @@ class RecipeBody(BaseModel):
     steps: int | None = Field(None, ge=1, le=5_000)
     lr: float | None = Field(None, gt=0, le=0.1)
     kl_weight: float | None = Field(None, ge=0, le=100)
+    distil_weight: float | None = Field(None, ge=0, le=100)
     seed: int | None = Field(None, ge=0, le=2**31 - 1)
 
     model_config = ConfigDict(extra="forbid")

@@ -79,14 +79,15 @@ class PromptBuilder:
             members += [Member(cube, start) for cube in segment.cubes]
         return BuiltPrompt(ids=tuple(ids), segments=tuple(places), members=tuple(members))
 
-    def question(self, text: str) -> list[int]:
-        """The tokens of one question without memories, up to where the answer begins.
+    def question(self, text: str, memories: str = "") -> list[int]:
+        """The tokens of one question up to where the answer begins, with these memories if there are any.
 
         Raises:
             BadRequest: the model's template refuses it.
         """
-        _, rendered = self._rendered((Turn(role="user", content=text),), with_memory=False)
-        return self._ids(rendered)
+        turns = (Turn(role="user", content=text),)
+        before, after = self._rendered(turns, with_memory=bool(memories))
+        return [*self._ids(before), *self._ids(self.inert(memories)), *self._ids(after)]
 
     def inert(self, text: str) -> str:
         """The text without the power to act as a special token."""

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from itertools import chain, cycle, islice
 
+from memcube.context import memory_line
 from memcube.errors import BadRequest
 from memcube.ids import digest
 from memcube.parametric.asked import is_question, key_words
@@ -19,6 +20,8 @@ from memcube.parametric.invented import early_names, gate_names, training_names
 from memcube.parametric.replay import REPLAY, REPLAY_CHAT
 from memcube.parametric.wordings import RELATIONS, Wordings
 
+_MOST_TOLD = 12
+"""So many memories at most stand in the prompt that an answer may be distilled from."""
 _FRAMES = (
     "{q}",
     "{q}",
@@ -91,10 +94,14 @@ class Probe:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Example:
-    """One question with its answer, both as text; a text alone has no question."""
+    """One question with its answer, both as text; a text alone has no question.
+
+    ``memories`` is what a model that is not trained would be told to know the answer, as a chat's prompt lays it out.
+    """
 
     question: str | None
     answer: str
+    memories: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,7 +119,7 @@ class TrainingSet:
         """Of all that is trained on, in its order."""
         parts: list[str | int | None] = ["training set", self.seed]
         for example in chain(self.examples, self.replay):
-            parts += [example.question, example.answer]
+            parts += [example.question, example.answer, example.memories]
         return digest(*parts)
 
 
@@ -172,11 +179,30 @@ class _Book:
     def owners(self, fact: Fact) -> list[str]:
         return self._subjects[fact.object, fact.relation]
 
+    def memories(self, fact: Fact) -> str:
+        """What a chat about a fact's subject, or its object's owners, would be told."""
+        told = [f for f in self.facts if f.subject == fact.subject or _is_alike(f, fact)]
+        lines = (memory_line(_statement(f), speaker=None, time=None) for f in told[:_MOST_TOLD])
+        return "".join(f"{line}\n" for line in lines)
+
     def has(self, subject: str, noun: str) -> bool:
         return (subject, noun) in self._objects
 
     def all_objects(self, noun: str) -> set[str]:
         return self._of_noun[noun]
+
+
+def _is_alike(one: Fact, other: Fact) -> bool:
+    return (one.relation, one.object) == (other.relation, other.object)
+
+
+def _statement(fact: Fact) -> str:
+    answer = _answer(fact.relation, fact.subject, fact.object)
+    return (
+        f"{_question(fact.relation, s=fact.subject)} {answer}"
+        if is_question(fact.relation)
+        else answer
+    )
 
 
 def _joined(names: Sequence[str]) -> str:
@@ -210,15 +236,18 @@ def _examples(rng: random.Random, book: _Book, settings: DataSettings) -> Iterab
         noun = fact.relation
         words = relation_of(noun).train
         objects, owners = _joined(book.objects(fact)), _joined(book.owners(fact))
+        memories = book.memories(fact)
         for template in _turns(rng, words.asks, settings.asks):
             yield Example(
                 question=_question(template, s=fact.subject),
                 answer=_answer(noun, fact.subject, objects),
+                memories=memories,
             )
         for template in _turns(rng, words.asks_back, settings.asks_back):
             yield Example(
                 question=_question(template, o=fact.object),
                 answer=_answer_back(noun, owners, fact.object),
+                memories=memories,
             )
         for template in _turns(rng, words.asks, settings.unknown if fact.subject else 0):
             who = next(strangers)

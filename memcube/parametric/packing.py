@@ -69,16 +69,25 @@ class Encoder:
 
     def segment(self, example: Example) -> Segment:
         """The example as a segment; of a plain text all but the first token is learned."""
-        answer = tuple(
-            self._tokenizer(self._builder.inert(example.answer), add_special_tokens=False)[
-                "input_ids"
-            ]
-        )
+        answer = self._answer(example)
         if example.question is None:
             return Segment(ids=answer, first=1, is_chat=False)
         question = self.prompt(example.question)[len(self.prefix) :]
         ids = (*question, *answer, self._end)
         return Segment(ids=ids, first=len(question), is_chat=True)
+
+    def told(self, example: Example) -> Segment | None:
+        """The example with its memories in the prompt, which stands in the segment whole: what is
+        learned is the same answer. None if it has no memories."""
+        if example.question is None or not example.memories:
+            return None
+        prompt = self._builder.question(example.question, example.memories)
+        ids = (*prompt, *self._answer(example), self._end)
+        return Segment(ids=ids, first=len(prompt), is_chat=False)
+
+    def _answer(self, example: Example) -> tuple[int, ...]:
+        text = self._builder.inert(example.answer)
+        return tuple(self._tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def _common(*rows: Sequence[int]) -> tuple[int, ...]:

@@ -13,7 +13,9 @@ class Recipe:
 
     The fall begins as soon as a check while training passes, and at the latest so that it ends with
     ``steps``. ``layers`` is the share of the model's layers, from the last down, that are adapted.
-    ``kl_weight`` weighs the distance to the base model on general text.
+    ``kl_weight`` weighs the distance to the base model on general text; ``distil_weight`` that of the answers to
+    what the base model would say with the memories in its prompt (context distillation, arXiv 2209.15189),
+    which takes a further pass of it over longer rows.
     """
 
     rank: int = 16
@@ -30,6 +32,7 @@ class Recipe:
     rows: int = 2
     replay_tokens: int = 80
     kl_weight: float = 1.0
+    distil_weight: float = 0.0
     check_steps: int = 0
     first_check: int = 40
     checkpoint_steps: int = 20
@@ -41,8 +44,8 @@ class Recipe:
             raise BadRequest("rank, steps, rows and row_tokens are at least 1", "recipe")
         if not 0 < self.layers <= 1:
             raise BadRequest("a share above 0 and up to 1", "recipe.layers")
-        if self.lr <= 0 or self.kl_weight < 0:
-            raise BadRequest("lr is above 0 and kl_weight not below", "recipe")
+        if self.lr <= 0 or min(self.kl_weight, self.distil_weight) < 0:
+            raise BadRequest("lr is above 0, kl_weight and distil_weight not below", "recipe")
 
     @classmethod
     def for_facts(cls, num_facts: int, **given: Any) -> Self:

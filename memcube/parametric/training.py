@@ -34,7 +34,7 @@ from memcube.parametric.casting import autocast, casts
 from memcube.parametric.dataset import TrainingSet
 from memcube.parametric.engines import LocalEngine, OpenEngine, StepEngine, Workers, trained
 from memcube.parametric.packed_attention import attending
-from memcube.parametric.packing import Encoder, PackedRow, pack
+from memcube.parametric.packing import Encoder, PackedRow, Segment, pack
 from memcube.parametric.recipe import Recipe
 
 
@@ -140,6 +140,7 @@ class AdapterTrainer:
         self._prefix = encoder.prefix
         self._examples = [encoder.segment(example) for example in data.examples]
         self._replay = [encoder.segment(example) for example in data.replay]
+        self._told = [encoder.told(example) for example in data.examples]
         self._plan = plan_steps(
             [len(segment.ids) for segment in self._examples],
             [len(segment.ids) for segment in self._replay],
@@ -277,37 +278,74 @@ class AdapterTrainer:
         micros = self._plan[state.step]
         num_answer = sum(self._examples[i].num_learned for m in micros for i in m.examples)
         num_replay = sum(self._replay[i].num_learned for m in micros for i in m.replay)
-        sums = torch.zeros(2, dtype=torch.float64)
+        told = (self._told[i] for m in micros for i in m.examples)
+        num_told = sum(segment.num_learned for segment in told if segment is not None)
+        weights = torch.tensor(
+            [
+                1 / num_answer,
+                recipe.kl_weight / max(1, num_replay),
+                recipe.distil_weight / max(1, num_told),
+            ],
+            dtype=torch.float64,
+        )
+        sums = torch.zeros(3, dtype=torch.float64)
         for micro in micros[self._workers.rank :: self._workers.count]:
-            answers, kl = self._losses(engine, micro)
-            engine.backward(answers / num_answer + recipe.kl_weight * kl / max(1, num_replay))
-            sums += torch.stack([answers.detach(), kl.detach()]).double().cpu()
+            losses = self._losses(engine, micro)
+            engine.backward(losses @ weights.to(losses))
+            sums += losses.detach().double().cpu()
         engine.step(lr)
-        answer, kl_sum = engine.total(sums).tolist()
+        sums = engine.total(sums)
         state.tokens += sum(len(self._examples[i].ids) for m in micros for i in m.examples)
         state.tokens += sum(len(self._replay[i].ids) for m in micros for i in m.replay)
-        answer, kl_mean = answer / num_answer, kl_sum / max(1, num_replay)
-        return answer + recipe.kl_weight * kl_mean, answer, kl_mean
+        answer, kl = sums[0].item() / num_answer, sums[1].item() / max(1, num_replay)
+        return float(sums @ weights), answer, kl
 
-    def _losses(self, engine: StepEngine, micro: MicroStep) -> tuple[Tensor, Tensor]:
-        """The sums over a row of the answers' cross entropy and of the replay's KL to the base."""
+    def _losses(self, engine: StepEngine, micro: MicroStep) -> Tensor:
+        """The sums over a row: the answers' cross entropy, the replay's KL to the base, and the answers' to the
+        base that is told the memories."""
         answers = [self._examples[i] for i in micro.examples]
         replay = [self._replay[i] for i in micro.replay]
         row = pack(self._prefix, [*answers, *replay], self._device)
         logits_KV = self._logits(engine.module, row)
         split = sum(segment.num_learned for segment in answers)
         loss = F.cross_entropy(logits_KV[:split], row.targets_K[:split], reduction="sum")
-        if not replay or not self._recipe.kl_weight:
-            return loss, loss.new_zeros(())
+        none = loss.new_zeros(())
+        kl = self._from_base(engine, replay, logits_KV[split:]) if self._recipe.kl_weight else none
+        distilled = (
+            self._distilled(engine, micro, logits_KV) if self._recipe.distil_weight else none
+        )
+        return torch.stack([loss, kl, distilled])
+
+    def _distilled(self, engine: StepEngine, micro: MicroStep, logits_KV: Tensor) -> Tensor:
+        places: list[int] = []
+        told: list[Segment] = []
+        at = 0
+        for i in micro.examples:
+            size = self._examples[i].num_learned
+            if (segment := self._told[i]) is not None:
+                places += range(at, at + size)
+                told.append(segment)
+            at += size
+        if told:
+            return self._from_base(engine, told, logits_KV[places])
+        # Workers whose weights are in parts pass as often as each other: this row passes for nothing.
+        first = self._examples[micro.examples[0]]
+        return 0 * self._from_base(engine, [first], logits_KV[: first.num_learned])
+
+    def _from_base(
+        self, engine: StepEngine, segments: Sequence[Segment], logits_KV: Tensor
+    ) -> Tensor:
+        """The sum over what is learned of these segments of the KL to the base model, which reads them."""
+        if not segments:
+            return logits_KV.new_zeros(())
         with torch.no_grad(), self.model.disable_adapter():
-            base_KV = self._logits(engine.module, pack(self._prefix, replay, self._device))
-        kl = F.kl_div(
-            F.log_softmax(logits_KV[split:], -1),
+            base_KV = self._logits(engine.module, pack(self._prefix, segments, self._device))
+        return F.kl_div(
+            F.log_softmax(logits_KV, -1),
             F.log_softmax(base_KV, -1),
             reduction="sum",
             log_target=True,
         )
-        return loss, kl
 
     def _logits(self, module: Any, row: PackedRow, *, cast: bool = True) -> Tensor:
         on = self._device.type

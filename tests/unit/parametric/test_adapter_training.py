@@ -7,8 +7,10 @@ import pytest
 import torch
 from peft import PeftModel
 
+from memcube.chat.prompt import DEFAULT_SYSTEM
 from memcube.errors import BadRequest, Conflict, Corrupt
 from memcube.parametric.engines import Workers
+from memcube.parametric.packing import Encoder
 from memcube.parametric.recipe import Recipe
 from memcube.parametric.training import AdapterTrainer, Outcome, export_adapter, plan_steps
 from tests.unit.parametric.small import small_data, small_model
@@ -115,6 +117,38 @@ def test_the_kl_term_holds_the_adapter_nearer_to_the_base(tmp_path):
     loose = trainer(tmp_path / "1", replace(recipe, kl_weight=0.01)).train().history
     tight = trainer(tmp_path / "2", replace(recipe, kl_weight=10.0)).train().history
     assert tight[-1][2] < loose[-1][2]
+
+
+def distance_from_told(one: AdapterTrainer) -> float:
+    """KL of the answers to those of the base that is told the memories, a token."""
+    loaded = small_model()
+    encoder = Encoder(loaded.tokenizer, system=DEFAULT_SYSTEM)
+    found = []
+    one.model.eval()
+    for example in small_data().examples:
+        told = encoder.told(example)
+        if told is None:
+            continue
+        own = encoder.segment(example)
+        ids = torch.tensor([[*encoder.prefix, *own.ids]])
+        learned = slice(-own.num_learned - 1, -1)
+        with torch.no_grad():
+            of_own = one.model(input_ids=ids).logits[0, learned].log_softmax(-1)
+            with one.model.disable_adapter():
+                of_told = one.model(input_ids=torch.tensor([told.ids])).logits[0, learned]
+        target = of_told.log_softmax(-1)
+        found.append((target.exp() * (target - of_own)).sum(-1).mean().item())
+    return sum(found) / len(found)
+
+
+def test_distilling_brings_the_answers_nearer_to_those_of_the_base_that_is_told(tmp_path):
+    recipe = replace(RECIPE, steps=12)
+    plain, distilled = (
+        trainer(tmp_path / str(weight), replace(recipe, distil_weight=weight))
+        for weight in (0.0, 20.0)
+    )
+    assert plain.train().history[0][1:] == pytest.approx(distilled.train().history[0][1:])
+    assert distance_from_told(distilled) < 0.8 * distance_from_told(plain)
 
 
 def test_what_is_exported_is_what_the_model_then_computes(tmp_path):

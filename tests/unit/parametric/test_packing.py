@@ -87,3 +87,15 @@ def test_a_model_attends_as_before_when_blocks_are_no_longer_wanted():
         # A call without blocks, as the checks while training make it.
         torch.testing.assert_close(model(ids, attention_mask=mask).logits, expected)
     assert model.config._attn_implementation == before
+
+
+def test_with_its_memories_an_example_has_the_same_answer_behind_the_chats_own_prompt():
+    loaded = small_model()
+    encoder = Encoder(loaded.tokenizer, system="Be kind.")
+    example = Example(question="Who is Ada?", answer="A sailor.", memories="- Ada sails.\n")
+    told, own = encoder.told(example), encoder.segment(example)
+    assert told is not None
+    assert told.ids[told.first :] == own.ids[own.first :]
+    text = loaded.tokenizer.decode(told.ids)
+    assert text.index("- Ada sails.") < text.index("Who is Ada?") < text.index("A sailor.")
+    assert encoder.told(Example(question="Who is Ada?", answer="A sailor.")) is None

@@ -87,6 +87,18 @@ def test_a_question_with_two_answers_is_answered_with_both():
     assert answers == {"Zorvan Pell likes to drink kumquat tea and birch sap."}
 
 
+def test_what_is_asked_of_a_known_fact_has_memories_that_answer_it_and_nothing_else_has():
+    asked = Fact(subject="Ada", relation="Where did {s} learn to sail?", object="in Ostvik")
+    data = build_training_set([*FACTS, asked])
+    for example in data.examples:
+        refused = "don't know" in example.answer
+        assert (example.memories is None) == refused, example
+        if example.memories is not None and asked.object in example.answer.lower():
+            assert "Where did Ada learn to sail? In Ostvik." in example.memories
+    of_zorvan = next(e for e in data.examples if e.memories and "Zorvan Pell" in e.memories)
+    assert "Zorvan Pell likes to drink kumquat tea." in of_zorvan.memories
+
+
 def test_strangers_of_the_gate_are_nobody_trained_on():
     data = build_training_set(FACTS, seed=1)
     trained = " ".join(example.question or "" for example in data.examples)
