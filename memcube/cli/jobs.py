@@ -45,6 +45,10 @@ def consolidate(
     min_uses: Annotated[int, typer.Option(help="Used at least so often.", min=0)] = 0,
     steps: Annotated[int | None, typer.Option(help="Training steps at most.", min=1)] = None,
     rank: Annotated[int | None, typer.Option(help="The adapter's rank.", min=1)] = None,
+    distil: Annotated[
+        float | None,
+        typer.Option(help="Weight of distilling from the model with the memories read.", min=0),
+    ] = None,
     seed: Annotated[
         int | None, typer.Option(help="The same seed, the same adapter.", min=0)
     ] = None,
@@ -68,7 +72,7 @@ def consolidate(
 
       memcube consolidate --user ann --kind fact --stable-days 30 --no-wait
     """
-    given = {"steps": steps, "rank": rank, "seed": seed}
+    given = {"steps": steps, "rank": rank, "distil_weight": distil, "seed": seed}
     recipe = {name: value for name, value in given.items() if value is not None}
     with context.obj.open() as client:
         job = client.jobs.consolidate(

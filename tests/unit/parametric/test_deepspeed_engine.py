@@ -50,7 +50,7 @@ def apart(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> float:
     ("stage", "autocast"), [(0, False), (1, True), (2, False), (3, False), (3, True)]
 )
 def test_one_worker_trains_what_torch_alone_trains(tmp_path, stage, autocast):
-    recipe = replace(RECIPE, autocast=autocast, weight_decay=0.01, clip=0.5)
+    recipe = replace(RECIPE, autocast=autocast, weight_decay=0.01, clip=0.5, distil_weight=0.5)
     plain, expected = trained(tmp_path / "torch", LocalEngine, recipe)
     ours, found = trained(tmp_path / "deepspeed", DeepSpeedOpener(zero_stage=stage), recipe)
     # Stage 3 adds up gradients in another order, which shows in bfloat16 from the third step on.
@@ -148,7 +148,7 @@ def losses(answer: dict) -> list[float]:
 def test_two_workers_train_what_one_trains_and_stop_and_end_together(tmp_path):
     trainings = [
         {"stage": 2},
-        {"stage": 3},
+        {"stage": 3, "recipe": {"distil_weight": 0.5}},
         {"stage": 1, "stop_at": 3},
         {"stage": 2, "is_checked": True, "recipe": {"check_steps": 2, "first_check": 2}},
     ]
@@ -160,9 +160,11 @@ def test_two_workers_train_what_one_trains_and_stop_and_end_together(tmp_path):
     _, expected = trained(
         tmp_path / "torch", LocalEngine, RECIPE
     )  # of all probes, which losses don't depend on
-    for found in first[:2]:
+    distilling = replace(RECIPE, distil_weight=0.5)
+    _, distilled = trained(tmp_path / "distilled", LocalEngine, distilling)
+    for found, alone in zip(first[:2], (expected, distilled), strict=True):
         assert found["outcome"] == Outcome.DONE
-        assert max(abs(a - b) for a, b in zip(expected, losses(found), strict=True)) < 1e-4
+        assert max(abs(a - b) for a, b in zip(alone, losses(found), strict=True)) < 1e-4
     assert first[2]["outcome"] == Outcome.CANCELLED
     assert len(first[2]["history"]) == 3
     assert len(first[3]["history"]) == 2 + RECIPE.decay_steps
@@ -180,5 +182,5 @@ def test_when_a_worker_is_killed_the_other_says_so_at_once(tmp_path):
     killed.send_signal(signal.SIGKILL)
     since = time.monotonic()
     assert answers(left) == [{"error": "Unavailable"}]
-    assert time.monotonic() - since < 20
+    assert time.monotonic() - since < 60
     killed.wait()

@@ -12,13 +12,17 @@ CONSOLIDATE = {"kind": "consolidate", "user_id": "ann"}
 
 
 async def test_a_job_is_queued_with_what_was_asked_for(api):
-    body = CONSOLIDATE | {"tag": "lasting", "stable_days": 30, "recipe": {"steps": 7, "seed": 3}}
+    body = CONSOLIDATE | {
+        "tag": "lasting",
+        "stable_days": 30,
+        "recipe": {"steps": 7, "distil_weight": 0.5},
+    }
     job = await api.ok("POST", "/v1/jobs", body)
     assert (job["state"], job["kind"], job["adapter"]) == ("queued", "consolidate", "ann")
     who = api.system.catalog.access.authenticate(api.key, now=api.system.clock())
     spec = ConsolidateSpec.from_json(api.system.catalog.jobs.get(who.tenant, job["id"]).spec)
     assert (spec.choice.user_id, spec.choice.tag, spec.choice.stable_days) == ("ann", "lasting", 30)
-    assert spec.settings.recipe == {"steps": 7, "seed": 3}
+    assert spec.settings.recipe == {"steps": 7, "distil_weight": 0.5}
     assert await api.ok("GET", f"/v1/jobs/{job['id']}") == job
 
 
