@@ -30,13 +30,13 @@ class NoPostgres(Exception):
 
 
 @contextlib.contextmanager
-def postgres_server() -> Iterator[sa.URL]:
-    """The URL of a running server.
+def postgres_server(host: str = "127.0.0.1") -> Iterator[sa.URL]:
+    """The URL of a running server. On another address than loopback, all of its network are let in.
 
     Raises:
         NoPostgres: there is none and none can be started.
     """
-    if given := os.environ.get("DATABASE_URL"):
+    if host == "127.0.0.1" and (given := os.environ.get("DATABASE_URL")):
         yield sa.make_url(given).set(drivername="postgresql+psycopg")
         return
     programs = _programs()
@@ -46,9 +46,12 @@ def postgres_server() -> Iterator[sa.URL]:
         if owner is not None:
             shutil.chown(folder, owner, owner)
         _run([programs / "initdb", "-D", folder / "data", "-U", _USER, *_INITDB], owner)
-        with _serving(programs, folder, owner) as port:
+        if host != "127.0.0.1":
+            with (folder / "data" / "pg_hba.conf").open("a") as rules:
+                rules.write("host all all samenet trust\n")
+        with _serving(programs, folder, owner, host) as port:
             yield sa.URL.create(
-                "postgresql+psycopg", _USER, host="127.0.0.1", port=port, database="postgres"
+                "postgresql+psycopg", _USER, host=host, port=port, database="postgres"
             )
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -108,7 +111,7 @@ def _run(command: list[str | Path], owner: str | None) -> None:
 
 
 @contextlib.contextmanager
-def _serving(programs: Path, folder: Path, owner: str | None) -> Iterator[int]:
+def _serving(programs: Path, folder: Path, owner: str | None, host: str) -> Iterator[int]:
     log = folder / "log"
     for _ in range(3):
         port = free_ports(1)[0]
@@ -116,7 +119,7 @@ def _serving(programs: Path, folder: Path, owner: str | None) -> Iterator[int]:
             server = subprocess.Popen(
                 [
                     programs / "postgres",
-                    *("-D", folder / "data", "-h", "127.0.0.1", "-p", str(port)),
+                    *("-D", folder / "data", "-h", host, "-p", str(port)),
                     *("-c", "unix_socket_directories=", "-c", "fsync=off"),
                     *("-c", "max_connections=100", "-c", "log_min_messages=warning"),
                 ],
@@ -127,7 +130,7 @@ def _serving(programs: Path, folder: Path, owner: str | None) -> Iterator[int]:
                 stderr=out,
             )
         try:
-            if _answers(server, port):
+            if _answers(server, host, port):
                 yield port
                 return
         finally:
@@ -135,13 +138,13 @@ def _serving(programs: Path, folder: Path, owner: str | None) -> Iterator[int]:
     raise RuntimeError(f"PostgreSQL did not start: {log.read_text(errors='replace')[-2000:]}")
 
 
-def _answers(server: subprocess.Popen[bytes], port: int) -> bool:
+def _answers(server: subprocess.Popen[bytes], host: str, port: int) -> bool:
     """Whether the server came up; False when it ended, as it does where the port was taken."""
     deadline = time.monotonic() + START_TIMEOUT_S
     while server.poll() is None and time.monotonic() < deadline:
         try:
             psycopg.connect(
-                host="127.0.0.1", port=port, user=_USER, dbname="postgres", connect_timeout=2
+                host=host, port=port, user=_USER, dbname="postgres", connect_timeout=2
             ).close()
             return True
         except psycopg.OperationalError:

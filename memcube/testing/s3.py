@@ -35,7 +35,8 @@ class NoS3(Exception):
 class S3Server:
     """A server over a folder, stopped and killed by its own pid."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, host: str = "127.0.0.1") -> None:
+        self._host = host
         self._program = _program()
         self._folder = folder
         self._meta = f"sqlite3://{folder / 'meta.db'}"
@@ -53,7 +54,7 @@ class S3Server:
     def settings(self, bucket: str = "memcube", **changes: Any) -> S3Settings:
         """How to reach it. ``changes`` go over what it says."""
         own = S3Settings(
-            endpoint=f"127.0.0.1:{self.port}",
+            endpoint=f"{self._host}:{self.port}",
             bucket=bucket,
             access_key="memcube",
             secret_key=self._secret,
@@ -71,7 +72,7 @@ class S3Server:
             self.port = self.port or free_ports(1)[0]
             with open(self.log, "ab") as log:
                 cache = ("--cache-dir", str(self._folder / "cache"))
-                at = (self._meta, f"127.0.0.1:{self.port}")
+                at = (self._meta, f"{self._host}:{self.port}")
                 self._process = subprocess.Popen(
                     self._command("gateway", *_GATEWAY, *cache, *at),
                     env=self._environment(),
@@ -109,7 +110,7 @@ class S3Server:
             while self._process.poll() is None and time.monotonic() < until:
                 with contextlib.suppress(urllib3.exceptions.HTTPError):
                     # Before it is ready it answers 503.
-                    if http.request("GET", f"http://127.0.0.1:{self.port}/").status == 403:
+                    if http.request("GET", f"http://{self._host}:{self.port}/").status == 403:
                         return True
                 time.sleep(0.02)
         return False
@@ -141,7 +142,7 @@ _GATEWAY = (
 
 
 @contextlib.contextmanager
-def s3_server() -> Iterator[S3Server]:
+def s3_server(host: str = "127.0.0.1") -> Iterator[S3Server]:
     """A running server over an empty folder, both gone afterwards.
 
     Raises:
@@ -149,7 +150,7 @@ def s3_server() -> Iterator[S3Server]:
     """
     folder = Path(tempfile.mkdtemp(prefix="memcube-s3-"))
     try:
-        server = S3Server(folder)
+        server = S3Server(folder, host)
         try:
             yield server.start()
         finally:
