@@ -13,6 +13,7 @@ from memcube.activation.stats import KvStats
 from memcube.catalog import Catalog
 from memcube.chat.adapters import AdapterChoice
 from memcube.chat.contract import KvModel, in_time
+from memcube.chat.draining import DrainWatch
 from memcube.chat.forgetting import Forgetting
 from memcube.chat.migration import ActivationTier
 from memcube.chat.router import Router
@@ -28,6 +29,7 @@ from memcube.service import MemoryService
 from memcube.tiers.shard import look_at
 
 STATS_DEADLINE_S = 2.0
+DRAIN_LOOK_S = 2.0
 SILENT = f"does not answer within {STATS_DEADLINE_S:g} s"
 KvMoments = Callable[[], Awaitable[list[KvStats | None]]]
 Status = Callable[[], Awaitable[dict[str, Any]]]
@@ -181,6 +183,19 @@ async def open_backend(config: Config) -> Backend:
         adapters = AdapterChoice(catalog.adapters, base=about.fingerprint, clock=_now)
     router = Router(len(engines)) if engines else None
 
+    async def engine_nodes() -> list[str | None]:
+        found = await asyncio.gather(*(in_time(e.describe(), STATS_DEADLINE_S) for e in engines))
+        return [None if one is None else one.node for one in found]
+
+    watching = None
+    if router is not None and len(engines) > 1:
+        watch = DrainWatch(
+            router,
+            draining=lambda: {one.name for one in catalog.shards.nodes() if one.draining},
+            nodes=engine_nodes,
+        )
+        watching = asyncio.create_task(watch.run(every_s=DRAIN_LOOK_S))
+
     async def status() -> dict[str, Any]:
         from actors.calls import answer
 
@@ -203,6 +218,8 @@ async def open_backend(config: Config) -> Backend:
         }
 
     async def close() -> None:
+        if watching is not None:
+            watching.cancel()
         uses.flush()
         await http.aclose()
         await asyncio.to_thread(catalog.close)

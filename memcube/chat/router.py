@@ -69,6 +69,11 @@ class Router:
         self._in_line = [0] * num_engines
         self._held: list[OrderedDict[str, None]] = [OrderedDict() for _ in range(num_engines)]
         self._down: set[int] = set()
+        self._left_out: frozenset[int] = frozenset()
+
+    def leave_out(self, engines: Collection[int]) -> None:
+        """Give these nothing new while another is up; they replace those that were left out before."""
+        self._left_out = frozenset(engines)
 
     def attempts(
         self, parts: Sequence[Part], among: Collection[int] | None = None
@@ -82,7 +87,8 @@ class Router:
     def choose(self, parts: Sequence[Part], among: Collection[int] | None = None) -> Route:
         """The engine for a prompt of these parts. It counts as in its line until ``done``."""
         everyone = range(len(self._held)) if among is None else among
-        candidates = [i for i in everyone if i not in self._down] or everyone
+        up = [i for i in everyone if i not in self._down] or everyone
+        candidates = [i for i in up if i not in self._left_out] or up
         engine = min(candidates, key=lambda i: (self._missing(i, parts) + self._in_line[i], i))
         route = Route(engine, self._missing(engine, parts) + DECODE_CHARS)
         self._in_line[engine] += route.work
