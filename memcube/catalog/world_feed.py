@@ -82,15 +82,18 @@ class WorldFeed:
             }
             for start in range(0, len(keys), _CHUNK):
                 ids = [id for _, id in keys[start : start + _CHUNK]]
-                held = _held(connection, ids)
+                held, listed_at = _held(connection, ids)
                 query = _FACTS.where(_cubes.c.id.in_(ids))
                 for row in connection.execute(query):
                     owner = row if row.owner_location is not None else owners.get(row.tenant)
-                    found.append((self._facts(row, owner), held[row.id]))
+                    facts = self._facts(row, owner, listed_at.get(row.id))
+                    found.append((facts, held[row.id]))
         return found
 
-    def _facts(self, row: Any, owner: Any) -> CubeFacts:
+    def _facts(self, row: Any, owner: Any, kv_listed_at: int | None) -> CubeFacts:
         tenant = TenantId(row.tenant)
+        # What was built by request is in no placement, and has as much time to be used as what was moved.
+        moved = [at / 1e6 for at in (row.moved_at, kv_listed_at) if at is not None]
         place = None
         if owner is not None and owner.owner_location is not None:
             place = Place(Tier.PLAINTEXT, Medium(owner.owner_medium), owner.owner_location)
@@ -116,7 +119,7 @@ class WorldFeed:
             rate=row.rate,
             used_at=0.0 if row.last_used_at is None else row.last_used_at / 1e6,
             expires_at=NEVER if row.expires_at is None else row.expires_at / 1e6,
-            moved_at=-NEVER if row.moved_at is None else row.moved_at / 1e6,
+            moved_at=max(moved, default=-NEVER),
         )
 
 
@@ -170,12 +173,17 @@ _FACTS = (
 )
 
 
-def _held(connection: sa.Connection, ids: Sequence[str]) -> defaultdict[str, list[Held]]:
-    """What is listed of cubes, and the adapters that serve with them inside."""
+def _held(
+    connection: sa.Connection, ids: Sequence[str]
+) -> tuple[defaultdict[str, list[Held]], dict[str, int]]:
+    """What is listed of cubes, and the adapters that serve with them inside; and when KV was listed last."""
     found: defaultdict[str, list[Held]] = defaultdict(list)
+    kv_listed_at: dict[str, int] = {}
     for row in connection.execute(sa.select(_residency).where(_residency.c.cube.in_(ids))):
         place = Place(Tier(row.tier), Medium(row.medium), row.location)
         found[row.cube].append(Held(place, row.version, row.size_bytes))
+        if place.tier is Tier.ACTIVATION:
+            kv_listed_at[row.cube] = max(row.updated_at, kv_listed_at.get(row.cube, 0))
     serving = (
         sa.select(_inside.c.cube, sa.func.max(_inside.c.cube_version).label("version"))
         .join(
@@ -189,4 +197,4 @@ def _held(connection: sa.Connection, ids: Sequence[str]) -> defaultdict[str, lis
     )
     for row in connection.execute(serving):
         found[row.cube].append(Held(ADAPTERS, row.version, 0))
-    return found
+    return found, kv_listed_at

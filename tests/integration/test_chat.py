@@ -1,16 +1,16 @@
 """The chat, by the official OpenAI client over a running system with the packaged model."""
 
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
-from openai import OpenAI
+from openai import APIError, OpenAI
 
 from memcube.client import MemCubeClient
 from memcube.testing.process import SystemProcess
+from memcube.testing.waiting import until
 
 pytestmark = pytest.mark.long
 
@@ -172,8 +172,11 @@ def test_a_migrated_composite_is_attached_by_its_first_question_until_a_member_g
 
 def test_a_killed_engine_comes_back_and_answers(system: SystemProcess, openai: OpenAI):
     assert system.kill_one("ray::KVCacheActor") == 1
-    patient = openai.with_options(max_retries=10)
-    assert ask(patient, "What is the dog called?", "river").choices[0].message.content
+
+    def says() -> str | None:
+        return ask(openai, "What is the dog called?", "river").choices[0].message.content
+
+    assert until(says, within_s=240, passing=(APIError,))
 
 
 def test_models_and_embeddings_are_openais(openai: OpenAI):
@@ -220,10 +223,12 @@ def test_once_the_gate_has_passed_a_memory_read_for_one_question_is_composed_for
                 )
             ]
             ids = [result.id for result in client.add(turns, user_id="handy").results]
-            until = time.monotonic() + 280
-            while (gate := client.status()["engines"][0]["composing"])["state"] == "measuring":
-                assert time.monotonic() < until
-                time.sleep(1)
+
+            def judged() -> dict[str, Any] | None:
+                gate = client.status()["engines"][0]["composing"]
+                return None if gate["state"] == "measuring" else gate
+
+            gate = until(judged, within_s=600, every_s=1.0)
         assert gate["state"] == "done"
         assert "blend" in gate["modes"]
         assert gate["report"]["modes"]["blend"]["kl"] <= 0.03

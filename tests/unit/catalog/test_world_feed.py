@@ -67,8 +67,10 @@ class FeedContract:
         place = KvPlace(medium=KV1.medium, location=KV1.location, size_bytes=7)
         assert catalog.kv.mark(A, cube, {cube: 1}, [place], now=at(110)) == []
         assert feed.changed(cursor)[0] == [(A, cube)]
-        ((_, held),) = feed.read([(A, cube)])
+        ((facts, held),) = feed.read([(A, cube)])
         assert Held(KV1, 1, 7) in held
+        # So it has time to be used before it can be found hardly used.
+        assert facts.moved_at == at(110).timestamp()
         clock[0] = at(200)
         _, cursor = feed.changed(cursor)
         catalog.kv.drop(A, [cube], now=at(210))
