@@ -140,7 +140,9 @@ class AdapterTrainer:
         self._prefix = encoder.prefix
         self._examples = [encoder.segment(example) for example in data.examples]
         self._replay = [encoder.segment(example) for example in data.replay]
-        self._told = [encoder.told(example) for example in data.examples]
+        self._told = [
+            encoder.told(example) if recipe.distil_weight else None for example in data.examples
+        ]
         self._plan = plan_steps(
             [len(segment.ids) for segment in self._examples],
             [len(segment.ids) for segment in self._replay],
