@@ -2,6 +2,8 @@
 
 import asyncio
 import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from ray import ObjectRef
@@ -33,16 +35,30 @@ async def answer(ref: ObjectRef, *, of: str, deadline_s: float | None) -> Any:
         DeadlineExceeded: no answer in time; the call may still have its effect.
         Unavailable: the actor is dead or out of reach.
     """
+    with own_errors(of):
+        try:
+            async with asyncio.timeout(deadline_s):
+                return await asyncio.wrap_future(ref.future())
+        except RayTaskError:  # what a callee raised may be a TimeoutError too
+            raise
+        except TimeoutError:
+            raise DeadlineExceeded(f"{of} did not answer within {deadline_s:g} s") from None
+
+
+@contextmanager
+def own_errors(of: str) -> Iterator[None]:
+    """Ray's errors of a call as the system's own.
+
+    Raises:
+        MemCubeError: what the callee raised.
+        Unavailable: the actor is dead or out of reach.
+    """
     try:
-        async with asyncio.timeout(deadline_s):
-            return await asyncio.wrap_future(ref.future())
+        yield
     except RayTaskError as failed:
-        cause = failed.cause
-        if isinstance(cause, MemCubeError):
-            raise cause from None
+        if isinstance(failed.cause, MemCubeError):
+            raise failed.cause from None
         raise
-    except TimeoutError:
-        raise DeadlineExceeded(f"{of} did not answer within {deadline_s:g} s") from None
     except RayActorError:
         raise Unavailable(f"{of} is not there now; it is being restarted", 2.0) from None
     except RayError as failed:

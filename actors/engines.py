@@ -9,14 +9,13 @@ from typing import Any, cast
 
 import ray
 from ray.actor import ActorHandle
-from ray.exceptions import RayActorError, RayError, RayTaskError
 
-from actors.calls import answer
+from actors.calls import answer, own_errors
 from memcube.activation.contract import Usage
 from memcube.activation.gate_status import GateStatus
 from memcube.activation.stats import KvStats
 from memcube.chat.contract import BuildRequest, ChatPiece, ChatPrompt, EngineFacts, KvBytes
-from memcube.errors import DeadlineExceeded, MemCubeError, Unavailable
+from memcube.errors import DeadlineExceeded
 
 LOAD_DEADLINE_S = 300.0
 CALL_DEADLINE_S = 60.0
@@ -54,23 +53,15 @@ class RemoteChatModel:
         until = time.monotonic() + prompt.deadline_s + 10.0
         try:
             while True:
-                try:
-                    left_s = max(until - time.monotonic(), 0.1)
-                    ref = await asyncio.wait_for(anext(refs), left_s)
-                    piece = cast(ChatPiece, await ref)
-                except StopAsyncIteration:
-                    return
-                except TimeoutError:
-                    raise DeadlineExceeded(f"{self._name} said nothing for too long") from None
-                except RayTaskError as failed:
-                    if isinstance(failed.cause, MemCubeError):
-                        raise failed.cause from None
-                    raise
-                except RayActorError:
-                    raise Unavailable(f"{self._name} is being restarted", 2.0) from None
-                except RayError as failed:
-                    why = type(failed).__name__
-                    raise Unavailable(f"{self._name} can't be reached ({why})", 2.0) from None
+                with own_errors(self._name):
+                    try:
+                        left_s = max(until - time.monotonic(), 0.1)
+                        ref = await asyncio.wait_for(anext(refs), left_s)
+                        piece = cast(ChatPiece, await ref)
+                    except StopAsyncIteration:
+                        return
+                    except TimeoutError:
+                        raise DeadlineExceeded(f"{self._name} said nothing for too long") from None
                 yield piece
                 if piece.finish is not None:
                     return
