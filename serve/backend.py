@@ -145,7 +145,7 @@ async def open_backend(config: Config) -> Backend:
     import httpx
 
     from actors.embedder import RemoteEmbedder
-    from actors.engines import RemoteChatModel
+    from actors.engines import ModelInfo, RemoteChatModel
     from actors.objects import open_objects
     from actors.scheduler import RemoteScheduler
     from actors.system import ensure_system
@@ -183,9 +183,12 @@ async def open_backend(config: Config) -> Backend:
         adapters = AdapterChoice(catalog.adapters, base=about.fingerprint, clock=_now)
     router = Router(len(engines)) if engines else None
 
+    async def described() -> list[ModelInfo | None]:
+        asked = (in_time(engine.describe(), STATS_DEADLINE_S) for engine in engines)
+        return list(await asyncio.gather(*asked))
+
     async def engine_nodes() -> list[str | None]:
-        found = await asyncio.gather(*(in_time(e.describe(), STATS_DEADLINE_S) for e in engines))
-        return [None if one is None else one.node for one in found]
+        return [None if one is None else one.node for one in await described()]
 
     watching = None
     if router is not None and len(engines) > 1:
@@ -204,17 +207,17 @@ async def open_backend(config: Config) -> Backend:
         leads = answer(
             system.scheduler.status.remote(), of="the scheduler", deadline_s=STATS_DEADLINE_S
         )
-        load, scheduling, states, described = await asyncio.gather(
+        load, scheduling, states, models = await asyncio.gather(
             embedder.load(),
             in_time(leads, STATS_DEADLINE_S),
             asyncio.gather(*(look_at(number, shards(number)) for number in numbers)),
-            asyncio.gather(*(in_time(e.describe(), STATS_DEADLINE_S) for e in engines)),
+            described(),
         )
         return {
             "shards": [asdict(state) for state in states],
             "embedder": {"identity": embedder.identity, "dim": embedder.dim, **load},
             "scheduler": scheduler_status(scheduling),
-            "engines": [{"error": SILENT} if one is None else asdict(one) for one in described],
+            "engines": [{"error": SILENT} if one is None else asdict(one) for one in models],
         }
 
     async def close() -> None:
