@@ -52,6 +52,18 @@ class House:
         )
         return enactor, process
 
+    def succeed(self, name: str) -> Enactor:
+        """Another leads, and has taken up what was under way."""
+        enactor, process = self.lead(name)
+
+        async def recover() -> None:
+            await enactor.recover()
+            enactor.pump()
+
+        process.start(recover())
+        self.run()
+        return enactor
+
     def run(self, seconds: float = 30.0) -> None:
         self.cluster.kernel.run(self.cluster.kernel.now_s + seconds)
 

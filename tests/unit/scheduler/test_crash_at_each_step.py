@@ -46,14 +46,7 @@ def test_whatever_step_it_ends_at_the_next_leader_brings_order(name: str, step: 
     house.run()
     assert house.has(N1) or house.has(N2), "no copy while nobody leads"
 
-    second, other = house.lead("two")
-
-    async def recover() -> None:
-        await second.recover()
-        second.pump()
-
-    other.start(recover())
-    house.run()
+    second = house.succeed("two")
     assert second.num_failures == 0
     assert house.catalog.actions.open() == []
     for node in house.cluster.nodes.values():
@@ -81,14 +74,7 @@ def test_a_paused_leader_that_wakes_up_is_refused_and_stops():
     process.start(work())
     house.run(0.03)
     process.is_paused = True
-    second, other = house.lead("two")
-
-    async def recover() -> None:
-        await second.recover()
-        second.pump()
-
-    other.start(recover())
-    house.run()
+    house.succeed("two")
     process.wake()
     house.run()
     assert first.is_deposed
